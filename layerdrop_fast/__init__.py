@@ -1,0 +1,42 @@
+"""LayerDrop and stochastic depth for deep transformers, at the price of the layers that are kept."""
+
+from layerdrop_fast import nn, prune
+from layerdrop_fast.nn import LayerDropModuleList, LayerDropStack, StackStats, set_step
+from layerdrop_fast.plan import DropPlan, draw_plan
+from layerdrop_fast.schedule import (
+    DropSchedule,
+    alternating,
+    constant,
+    decreasing,
+    increasing,
+    linear,
+    optimal_drop_rate,
+    per_layer,
+    progressive,
+    uniform,
+    warmup,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DropPlan",
+    "DropSchedule",
+    "LayerDropModuleList",
+    "LayerDropStack",
+    "StackStats",
+    "alternating",
+    "constant",
+    "decreasing",
+    "draw_plan",
+    "increasing",
+    "linear",
+    "nn",
+    "optimal_drop_rate",
+    "per_layer",
+    "progressive",
+    "prune",
+    "set_step",
+    "uniform",
+    "warmup",
+]

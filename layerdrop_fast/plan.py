@@ -1,0 +1,191 @@
+"""Every drop decision of a training step, drawn in one call.
+
+A plan is a pure function of the integers (seed, step, stream) and the rates. It holds no random state, so a step can
+be drawn beforehand, drawn again, or drawn on every rank, always with the same result.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from layerdrop_fast._extension import planner
+from layerdrop_fast.schedule import FloatArray
+
+SAMPLINGS = ("bernoulli", "systematic")
+
+
+class DropPlan:
+    """What ``draw_plan`` drew: which layers are kept, for which samples.
+
+    Host answers (``layers``, ``kept_counts``, ``realized_rates``) never touch a device. Tensors are made when first
+    asked for, on ``device``.
+
+    Shapes:
+        L layers, B samples (B = 1 at batch granularity), k_l kept samples of layer l.
+    """
+
+    __slots__ = ("_keep", "_tensors", "batch_size", "device", "sampling", "seed", "step", "stream")
+
+    def __init__(
+        self,
+        keep: npt.NDArray[np.bool_],
+        *,
+        batch_size: int | None,
+        seed: int,
+        step: int,
+        stream: int,
+        sampling: str,
+        device: torch.device | str,
+    ) -> None:
+        self._keep = keep
+        self._tensors: dict[str, Any] = {}
+        self.batch_size = batch_size
+        self.seed = seed
+        self.step = step
+        self.stream = stream
+        self.sampling = sampling
+        self.device = device
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers kept for any sample, ascending."""
+        return planner.kept_layers(self._keep)  # type: ignore[no-any-return]
+
+    @property
+    def kept_counts(self) -> list[int]:
+        """The number of kept samples of each layer, k_l, on the host."""
+        return self._keep.sum(axis=1).tolist()  # type: ignore[no-any-return]
+
+    @property
+    def realized_rates(self) -> FloatArray:
+        """The share of samples that each layer drops in this plan, ``1 - k_l / B``, float64 [L]."""
+        return 1.0 - self._keep.mean(axis=1, dtype=np.float64)  # type: ignore[no-any-return]
+
+    @property
+    def keep(self) -> Tensor:
+        """bool [L, B]: whether layer l is kept for sample b."""
+        return self._tensor("keep", lambda: self._keep)
+
+    @property
+    def kept(self) -> Tensor:
+        """int64 [L]: the number of kept samples of each layer."""
+        return self._tensor("kept", lambda: self._keep.sum(axis=1, dtype=np.int64))
+
+    @property
+    def slot(self) -> Tensor:
+        """int32 [L, B]: a sample's place among the kept ones of its layer, or -1."""
+        return self._tensor("slot", lambda: planner.compact_slot(self._keep))
+
+    def rows(self, layer: int) -> Tensor:
+        """int32 [k_l]: the indices of the kept samples of a layer, ascending."""
+        if "rows" not in self._tensors:
+            rows, counts = planner.compact_rows(self._keep)
+            self._tensors["rows"] = torch.from_numpy(rows).to(self.device), counts.tolist()
+        padded, kept = self._tensors["rows"]
+        return padded[layer, : kept[layer]]  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device | str) -> DropPlan:
+        """The same plan with its tensors on another device."""
+        integers = {name: getattr(self, name) for name in ("batch_size", "seed", "step", "stream", "sampling")}
+        return DropPlan(self._keep, **integers, device=device)
+
+    def _tensor(self, name: str, make: Any) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = torch.from_numpy(make()).to(self.device)
+        return self._tensors[name]  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        units = "x".join(map(str, self._keep.shape))
+        return (
+            f"DropPlan({self._keep.sum()} of {units} kept, sampling={self.sampling!r}, "
+            f"seed={self.seed}, step={self.step}, stream={self.stream})"
+        )
+
+
+def draw_plan(
+    rates: FloatArray | Sequence[float] | Tensor,
+    batch_size: int | None = None,
+    *,
+    seed: int,
+    step: int,
+    stream: int = 0,
+    sampling: str = "bernoulli",
+    min_kept: int = 0,
+    device: torch.device | str = "cpu",
+) -> DropPlan:
+    """Draws all drop decisions of a step.
+
+    Layer l is kept with probability ``rho_l = 1 - rates[l]``: a unit with random word u (32 bits) is kept iff
+    ``u < round(rho_l * 2**32)``.
+
+    Args:
+        rates: drop rates, [L], each in [0, 1], on the host.
+        batch_size: None for batch granularity (one decision a layer, B = 1), else B for sample granularity (one a
+            layer and sample).
+        seed, step, stream: integers in [0, 2**64). The stream numbers what shares a step: ``rank << 32 | microbatch``.
+        sampling: ``"bernoulli"``, independent decisions; or ``"systematic"`` (Madow 1949), a fixed number up to
+            rounding, of the layers (batch granularity) or of each layer's samples (sample granularity). Either way
+            every unit is kept with exactly its own probability.
+        min_kept: at least so many layers (batch) or samples of each layer (sample) are kept: where fewer were drawn,
+            those that came nearest to being kept are added. That raises the expected number of kept units by
+            ``E[max(0, min_kept - K)]``, K being the number drawn; for ``min_kept=1`` and independent decisions this
+            is the probability that everything is dropped, e.g. ``0.5**40 = 9e-13`` for 40 layers at rate 0.5, but
+            0.25 for a batch of 2.
+        device: where the plan's tensors go.
+
+    Returns:
+        A DropPlan.
+
+    Raises:
+        ValueError: a rate outside [0, 1], an unknown sampling, an integer out of range.
+        TypeError: rates that are no vector of numbers, counters that are no integers.
+
+    Randomness: a pure function of the arguments. Equal integers give equal bits on every machine; torch's and
+    numpy's generators are neither read nor advanced.
+
+    Source: Fan, Grave, Joulin 2019, section 3.2 (batch granularity); Huang et al. 2016 (one decision a sample).
+    """
+    if not isinstance(rates, np.ndarray) or rates.dtype != np.float64:
+        rates = _as_rates(rates)
+    if rates.ndim != 1:
+        raise ValueError(f"rates have shape {list(rates.shape)}, expected [num_layers]")
+    seed, step, stream = _counter(seed, "seed"), _counter(step, "step"), _counter(stream, "stream")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling is {sampling!r}, expected one of {SAMPLINGS}")
+    if batch_size is not None and operator.index(batch_size) < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1, or None for batch granularity")
+    units = len(rates) if batch_size is None else batch_size
+    if not 0 <= operator.index(min_kept) <= units:
+        raise ValueError(f"min_kept is {min_kept}, expected 0 to {units}, the number of units that are drawn together")
+
+    keep = planner.draw_keep(rates, batch_size, seed, step, stream, sampling == "systematic", min_kept)
+    if keep is None:
+        layer = next(layer for layer, rate in enumerate(rates) if not 0.0 <= rate <= 1.0)
+        raise ValueError(f"drop rate of layer {layer} is {rates[layer]}, expected a number in [0, 1]")
+    return DropPlan(keep, batch_size=batch_size, seed=seed, step=step, stream=stream, sampling=sampling, device=device)
+
+
+def _as_rates(rates: Any) -> FloatArray:
+    if isinstance(rates, Tensor) and rates.device.type != "cpu":
+        raise TypeError(f"rates are a tensor on {rates.device}, expected numbers on the host")
+    try:
+        return np.asarray(rates, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"rates must be a vector of numbers, got {rates!r}") from None
+
+
+def _counter(value: int, name: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"{name} is {number}, expected an integer in [0, 2**64)")
+    return number
