@@ -1,0 +1,50 @@
+# Every target does all of its own set-up: a virtual environment in .venv with the versions of constraints.txt, and the
+# compiled extension built into the source tree.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# Where `make bench` puts its statistics: one folder a machine.
+RESULTS ?= benchmarks/results/local
+
+.PHONY: venv demo test test-slow lint format bench clean
+
+venv: .venv/built
+
+# torch comes first: the build imports it.
+.venv/installed: constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python >= 3.10 is needed, found {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt torch numpy setuptools ninja
+	touch $@
+
+.venv/built: .venv/installed pyproject.toml setup.py $(SOURCES)
+	CFLAGS=-Werror PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/layerdrop-fast demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: venv
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: venv
+	$(BIN)/python -m pytest benchmarks -m "slow or not slow" --timeout 3600 --benchmark-enable \
+		--benchmark-storage=file://$(RESULTS) --benchmark-save=$(or $(NAME),bench)
+
+clean:
+	rm -rf .venv build out *.egg-info layerdrop_fast/*.so

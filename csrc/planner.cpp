@@ -1,0 +1,173 @@
+#include "planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "cpu/philox_wide.h"
+#include "philox.h"
+
+namespace layerdrop_fast {
+namespace {
+
+constexpr int64_t kChunk = 2048;  // elements; 8 KiB of random words stay in the first-level cache
+
+// The words of elements first .. first + count in order, read through fixed-size chunks.
+class ElementBits {
+ public:
+  ElementBits(const Philox4& key, uint32_t site) : key_(key), site_(site) {}
+
+  // The word of one element.
+  uint32_t at(uint64_t element) const { return random_block(key_, site_, element / 4).x[element % 4]; }
+
+  // use(element, words, count) for consecutive pieces of [0, total).
+  template <typename Use>
+  void for_each_chunk(int64_t total, Use use) const {
+    uint32_t words[kChunk];
+    for (int64_t first = 0; first < total; first += kChunk) {
+      const int64_t count = std::min(kChunk, total - first);
+      const int64_t groups = (count + 4 * kBlockGroup - 1) / (4 * kBlockGroup);
+      fill_blocks(key_, site_, static_cast<uint64_t>(first) / 4, groups * kBlockGroup, words);
+      use(first, words, count);
+    }
+  }
+
+ private:
+  Philox4 key_;
+  uint32_t site_;
+};
+
+class Planner {
+ public:
+  Planner(const PlanRequest& request, bool* keep)
+      : request_(request),
+        keep_(keep),
+        key_(step_key(request.seed, request.step, request.stream)),
+        num_groups_(request.over_layers ? 1 : request.num_layers),
+        group_size_(request.over_layers ? request.num_layers : request.batch_size) {}
+
+  bool draw() {
+    thresholds_.reserve(request_.num_layers);
+    for (int64_t l = 0; l < request_.num_layers; ++l) {
+      const double rate = request_.rates[l];
+      if (!(rate >= 0.0 && rate <= 1.0)) return false;
+      // llrint rounds half to even, as Python and torch do.
+      thresholds_.push_back(static_cast<uint64_t>(std::llrint((1.0 - rate) * 4294967296.0)));
+    }
+    if (request_.systematic) {
+      for (int64_t group = 0; group < num_groups_; ++group) systematic(group);
+    } else {
+      bernoulli();
+      for (int64_t group = 0; request_.min_kept > 0 && group < num_groups_; ++group) top_up_bernoulli(group);
+    }
+    return true;
+  }
+
+ private:
+  // t in [0, 2^32]: a unit's threshold, rho as a fixed-point number.
+  uint64_t threshold(int64_t group, int64_t unit) const { return thresholds_[request_.over_layers ? unit : group]; }
+
+  void bernoulli() {
+    const ElementBits bits(key_, kSiteKeep);
+    const int64_t batch = request_.batch_size;
+    bits.for_each_chunk(request_.num_layers * batch, [&](int64_t first, const uint32_t* words, int64_t count) {
+      for (int64_t done = 0; done < count;) {
+        const int64_t layer = (first + done) / batch;
+        const int64_t here = std::min(count - done, (layer + 1) * batch - first - done);
+        const uint64_t t = thresholds_[layer];
+        bool* keep = keep_ + first + done;
+        if (t >> 32) {
+          std::fill_n(keep, here, true);
+        } else {
+          for (int64_t i = 0; i < here; ++i) keep[i] = words[done + i] < t;
+        }
+        done += here;
+      }
+    });
+  }
+
+  void top_up_bernoulli(int64_t group) {
+    bool* keep = keep_ + group * group_size_;
+    const ElementBits bits(key_, kSiteKeep);
+    top_up(keep, [&](int64_t unit) {
+      const int64_t word = bits.at(static_cast<uint64_t>(group * group_size_ + unit));
+      return word - static_cast<int64_t>(threshold(group, unit));
+    });
+  }
+
+  // Systematic sampling (Madow 1949): units end to end in random order, kept where a comb with teeth at
+  // start, start + 2^32, ... hits them.
+  void systematic(int64_t group) {
+    const ElementBits bits(key_, kSitePermutation);
+    std::vector<uint64_t> order(group_size_);  // sort key << 32 | unit
+    for (int64_t unit = 0; unit < group_size_; ++unit) {
+      const uint64_t sort_key = bits.at(static_cast<uint64_t>(group * group_size_ + unit));
+      order[unit] = sort_key << 32 | static_cast<uint64_t>(unit);
+    }
+    std::sort(order.begin(), order.end());
+
+    const uint64_t start = ElementBits(key_, kSiteStart).at(static_cast<uint64_t>(group));
+    bool* keep = keep_ + group * group_size_;
+    std::vector<int64_t> place(group_size_);
+    uint64_t end = 0, teeth = 0;
+    for (int64_t i = 0; i < group_size_; ++i) {
+      const int64_t unit = static_cast<uint32_t>(order[i]);
+      end += threshold(group, unit);
+      const uint64_t teeth_before_end = (end + 0xFFFFFFFFu - start) >> 32;
+      keep[unit] = teeth_before_end > teeth;
+      teeth = teeth_before_end;
+      place[unit] = i;
+    }
+    if (request_.min_kept > 0) top_up(keep, [&](int64_t unit) { return place[unit]; });
+  }
+
+  // Keeps the dropped units of lowest priority until min_kept are kept; equal priorities by index.
+  template <typename Priority>
+  void top_up(bool* keep, Priority priority) {
+    const int64_t missing = request_.min_kept - std::count(keep, keep + group_size_, true);
+    if (missing <= 0) return;
+    std::vector<std::pair<int64_t, int64_t>> dropped;  // (priority, unit)
+    for (int64_t unit = 0; unit < group_size_; ++unit) {
+      if (!keep[unit]) dropped.emplace_back(priority(unit), unit);
+    }
+    std::partial_sort(dropped.begin(), dropped.begin() + missing, dropped.end());
+    for (int64_t i = 0; i < missing; ++i) keep[dropped[i].second] = true;
+  }
+
+  const PlanRequest& request_;
+  bool* keep_;  // [L, B]
+  Philox4 key_;
+  int64_t num_groups_, group_size_;
+  std::vector<uint64_t> thresholds_;  // [L]
+};
+
+}  // namespace
+
+bool draw_keep(const PlanRequest& request, bool* keep) {
+  return Planner(request, keep).draw();
+}
+
+void compact_rows(const bool* keep, int64_t num_layers, int64_t batch_size, int32_t* rows, int64_t* kept) {
+  for (int64_t l = 0; l < num_layers; ++l, keep += batch_size, rows += batch_size) {
+    int64_t k = 0;
+    for (int64_t b = 0; b < batch_size; ++b) {
+      rows[k] = static_cast<int32_t>(b);  // overwritten unless b is kept
+      k += keep[b];
+    }
+    std::fill(rows + k, rows + batch_size, -1);
+    kept[l] = k;
+  }
+}
+
+void compact_slot(const bool* keep, int64_t num_layers, int64_t batch_size, int32_t* slot) {
+  for (int64_t l = 0; l < num_layers; ++l, keep += batch_size, slot += batch_size) {
+    int32_t k = 0;
+    for (int64_t b = 0; b < batch_size; ++b) {
+      slot[b] = k | (keep[b] - 1);  // -1 unless kept
+      k += keep[b];
+    }
+  }
+}
+
+}  // namespace layerdrop_fast
