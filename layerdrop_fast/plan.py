@@ -159,10 +159,10 @@ def draw_plan(
     seed, step, stream = _counter(seed, "seed"), _counter(step, "step"), _counter(stream, "stream")
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling is {sampling!r}, expected one of {SAMPLINGS}")
-    if batch_size is not None and operator.index(batch_size) < 1:
+    if batch_size is not None and _integer(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1, or None for batch granularity")
     units = len(rates) if batch_size is None else batch_size
-    if not 0 <= operator.index(min_kept) <= units:
+    if not 0 <= _integer(min_kept, "min_kept") <= units:
         raise ValueError(f"min_kept is {min_kept}, expected 0 to {units}, the number of units that are drawn together")
 
     keep = planner.draw_keep(rates, batch_size, seed, step, stream, sampling == "systematic", min_kept)
@@ -182,10 +182,14 @@ def _as_rates(rates: Any) -> FloatArray:
 
 
 def _counter(value: int, name: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    number = _integer(value, name)
     if not 0 <= number < 1 << 64:
         raise ValueError(f"{name} is {number}, expected an integer in [0, 2**64)")
     return number
+
+
+def _integer(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None

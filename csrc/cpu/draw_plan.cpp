@@ -25,9 +25,10 @@ struct Counters {
 };
 
 Counters read_counters(const Tensor& counters) {
-  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 3 && counters.is_contiguous(),
-                  "counters must be a contiguous int64 tensor of 3 elements: seed, step, stream");
-  const int64_t* words = counters.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 3,
+                  "counters must be an int64 tensor of 3 elements: seed, step, stream");
+  const Tensor packed = torch::stable::contiguous(counters);
+  const int64_t* words = packed.const_data_ptr<int64_t>();
   return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), static_cast<uint64_t>(words[2])};
 }
 
@@ -46,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draw_plan_cpu(
     std::optional<int64_t> batch_size,  // B, or none for batch granularity
     bool systematic,
     int64_t min_kept) {
-  STD_TORCH_CHECK(rates.scalar_type() == ScalarType::Double && rates.dim() == 1 && rates.is_contiguous(),
-                  "rates must be a contiguous float64 vector");
+  STD_TORCH_CHECK(rates.scalar_type() == ScalarType::Double && rates.dim() == 1, "rates must be a float64 vector");
+  rates = torch::stable::contiguous(rates);
   const int64_t num_layers = rates.numel(), batch = batch_size.value_or(1);
   const int64_t group_size = batch_size ? batch : num_layers;
   STD_TORCH_CHECK(batch >= 1, "batch_size must be at least 1, got ", batch);

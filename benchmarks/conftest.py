@@ -1,0 +1,30 @@
+"""What every committed number carries: machine, versions, commit."""
+
+import platform
+
+import numpy as np
+import pytest
+import torch
+
+import layerdrop_fast
+from layerdrop_fast import _extension
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """Versions and the device come in, what names one computer goes out."""
+    machine_info.pop("node", None)
+    machine_info["layerdrop_fast"] = layerdrop_fast.__version__
+    machine_info["torch"] = torch.__version__
+    machine_info["numpy"] = np.__version__
+    machine_info["cpp_extension"] = _extension.missing or f"built with {_extension.planner.compiler}"
+    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["platform"] = platform.platform()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Host work is measured on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,131 @@
+"""act_linear: activation, dropout and a linear map, saving the activation's input only."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from layerdrop_fast._library import implement
+from layerdrop_fast.ops import _checks
+from layerdrop_fast.reference import act_linear as reference
+from layerdrop_fast.reference.rows import accumulator
+
+_ops = torch.ops.layerdrop_fast
+
+
+def act_linear(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    rows: Tensor | None = None,
+    dropout_p: float = 0.0,
+    key: Tensor | None = None,
+    site: Tensor | None = None,
+) -> Tensor:
+    """Apply an activation, dropout and a linear map: ``dropout(act(u)) W^T + b``.
+
+    Saves u; backward makes the activation and the mask anew in the pass that computes the gradient of u.
+
+    Shapes:
+        u: [K, ..., F], swiglu [K, ..., 2F]; weight: [O, F]; bias: [O], all f64|f32|bf16|f16; rows: int32 [K]
+        -> [K, ..., O]
+
+    Args:
+        u: the activation's input.
+        weight, bias: of the linear map. Forward hooks of a Linear that owns them do not run.
+        activation: "gelu" (by erf), "gelu_tanh", "relu", "silu" or "swiglu", silu(first half) * second half.
+        rows: which samples the rows of u are; they number the mask's elements. None: all samples in order.
+        dropout_p: probability of zeroing an element of act(u), in [0, 1]; the others are multiplied by 1 / (1 - p).
+        key: int32 [4], from ``step_key``; not needed where dropout_p is 0.
+        site: int32 [], the number in [0, 2^24) of this dropout among those of a step; not needed where dropout_p is 0.
+
+    Returns:
+        The output, in autocast's dtype where autocast is on, else in the weight's; gradients have the dtype of what
+        they belong to.
+
+    Raises:
+        TypeError: a dtype is not among those above.
+        ValueError: a shape, device, name or number is wrong; on the CPU also row values that are not ascending.
+
+    Source: Hendrycks, Gimpel 2016 (GELU); Shazeer 2020 (SwiGLU). The dropout mask is a function of key, site and an
+    element's number in the full [B, ..., F] alone.
+    """
+    _checks.check_tensor("u", u, *_checks.FLOATING)
+    _checks.check_rank("u", u, "[K, ..., F]")
+    _checks.check_activation(activation)
+    kept = _checks.check_rows("rows", rows, u, None)
+    _checks.check_shape("u", u, [kept, *u.shape[1:]])
+    channels = u.shape[-1]
+    if activation == "swiglu":
+        if channels % 2:
+            raise ValueError(f"u: got {list(u.shape)}, expected an even number of channels for swiglu")
+        channels //= 2
+    _checks.check_linear(weight, bias, u, channels)
+    _checks.check_dropout(dropout_p, key, site, u)
+    dtype = _checks.matmul_dtype(weight)
+    return _ActLinear.apply(u, weight, bias, rows, activation, dropout_p, key, site, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ActLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        activation: str,
+        dropout_p: float,
+        key: Tensor | None,
+        site: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Any:
+        a = _ops.act(u, rows, activation, dropout_p, key, site)
+        return F.linear(a.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        u, weight, bias, rows, ctx.activation, ctx.dropout_p, key, site, _ = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(u, weight, rows, key, site)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        u, weight, rows, key, site = ctx.saved_tensors
+        need_u, need_weight, need_bias = ctx.needs_input_grad[:3]
+        mask = (rows, ctx.activation, ctx.dropout_p, key, site)
+        g = grad_out.flatten(0, -2)
+        grad_u = grad_weight = None
+        if need_u:
+            grad_u, a = _ops.act_bwd(u, grad_out @ weight.to(grad_out.dtype), *mask)
+        if need_weight:
+            a = a if need_u else _ops.act(u, *mask)
+            grad_weight = (g.t() @ a.flatten(0, -2).to(g.dtype)).to(weight.dtype)
+        grad_bias = g.sum(0, dtype=accumulator(g.dtype)).to(ctx.bias_dtype) if need_bias else None
+        return grad_u, grad_weight, grad_bias, *[None] * 6
+
+
+def _fake_act(
+    u: Tensor, rows: Tensor | None, activation: str, dropout_p: float, key: Tensor | None, site: Tensor | None
+) -> Tensor:
+    return u.new_empty(*u.shape[:-1], u.shape[-1] // (2 if activation == "swiglu" else 1))
+
+
+def _fake_act_bwd(
+    u: Tensor,
+    grad_a: Tensor,
+    rows: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    key: Tensor | None,
+    site: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), u.new_empty(grad_a.shape)
+
+
+implement("act", reference=reference.act, fake=_fake_act)
+implement("act_bwd", reference=reference.act_bwd, fake=_fake_act_bwd)

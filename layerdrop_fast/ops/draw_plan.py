@@ -1,0 +1,107 @@
+"""draw_plan and step_key as ops: the decisions of a step, drawn where its tensors are.
+
+``layerdrop_fast.draw_plan`` is the same on the host, with Python integers.
+"""
+
+import torch
+from torch import Tensor
+
+from layerdrop_fast._library import implement
+from layerdrop_fast.ops import _checks
+from layerdrop_fast.plan import SAMPLINGS
+from layerdrop_fast.reference.draw_plan import draw_plan as reference_draw_plan
+from layerdrop_fast.reference.philox import step_key as reference_step_key
+
+_ops = torch.ops.layerdrop_fast
+
+
+def step_key(counters: Tensor) -> Tensor:
+    """The key that every mask of a step is drawn with: ``Philox4x32-10(key=seed, counter=(step, stream))``.
+
+    Shapes:
+        counters: int64 [3] -> int32 [4]
+
+    Args:
+        counters: (seed, step, stream), the 64 bits of each.
+
+    Returns:
+        The bits of K[0..3], on the device of ``counters``.
+
+    Raises:
+        TypeError: another dtype. ValueError: another shape.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). A pure function of its argument.
+    """
+    _check_counters(counters)
+    return _ops.step_key(counters)  # type: ignore[no-any-return]
+
+
+def draw_plan(
+    counters: Tensor,
+    rates: Tensor,
+    batch_size: int | None = None,
+    *,
+    sampling: str = "bernoulli",
+    min_kept: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All drop decisions of a step as tensors, on the device of ``counters``; the bits of ``layerdrop_fast.draw_plan``.
+
+    Shapes:
+        counters: int64 [3]; rates: float64 [L]
+        -> keep: bool [L, B]; rows: int32 [L, B]; slot: int32 [L, B]; kept: int64 [L]; B = 1 at batch granularity
+
+    Args:
+        counters: (seed, step, stream), the 64 bits of each.
+        rates: drop rates in [0, 1].
+        batch_size: B, or None for batch granularity.
+        sampling, min_kept: as in ``layerdrop_fast.draw_plan``.
+
+    Returns:
+        keep; rows, the kept samples of each layer, ascending, padded with -1; slot, a sample's place in rows, or -1;
+        kept, how many samples each layer keeps.
+
+    Raises:
+        TypeError: another dtype. ValueError: a shape, device, name or number is wrong; on the CPU also a rate.
+
+    Source and randomness: as ``layerdrop_fast.draw_plan``.
+    """
+    _check_counters(counters)
+    _checks.check_tensor("rates", rates, torch.float64)
+    _checks.check_device("rates", rates, counters)
+    if rates.dim() != 1:
+        raise ValueError(f"rates: got {list(rates.shape)}, expected [L]")
+    if rates.device.type == "cpu" and type(rates) is Tensor and not torch.compiler.is_compiling():
+        for layer, rate in enumerate(rates.tolist()):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"rates: got {rate} for layer {layer}, expected a number in [0, 1]")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling: got {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1, or None for batch granularity")
+    units = rates.shape[0] if batch_size is None else batch_size
+    if not 0 <= min_kept <= units:
+        raise ValueError(f"min_kept: got {min_kept}, expected 0 to {units}")
+    return _ops.draw_plan(  # type: ignore[no-any-return]
+        counters, rates, batch_size, sampling == "systematic", min_kept
+    )
+
+
+def _check_counters(counters: Tensor) -> None:
+    _checks.check_tensor("counters", counters, torch.int64)
+    _checks.check_shape("counters", counters, [3])
+
+
+def _fake_step_key(counters: Tensor) -> Tensor:
+    return counters.new_empty(4, dtype=torch.int32)
+
+
+def _fake_draw_plan(
+    counters: Tensor, rates: Tensor, batch_size: int | None, systematic: bool, min_kept: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (rates.shape[0], 1 if batch_size is None else batch_size)
+    integers = [rates.new_empty(shape, dtype=torch.int32) for _ in range(2)]
+    return (rates.new_empty(shape, dtype=torch.bool), *integers, rates.new_empty(shape[0], dtype=torch.int64))
+
+
+implement("step_key", reference=reference_step_key, fake=_fake_step_key)
+implement("draw_plan", reference=reference_draw_plan, fake=_fake_draw_plan)
