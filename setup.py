@@ -22,7 +22,10 @@ def find_compiler() -> str | None:
 
 
 def extensions(compiler: str) -> dict[str, Any]:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise SystemExit("layerdrop_fast builds against the installed torch: install torch >= 2.11 first") from None
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     installed = tuple(int(part) for part in torch.__version__.split(".")[:2])

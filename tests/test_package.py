@@ -1,0 +1,117 @@
+"""Installing and importing, with and without the compiled extension."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import layerdrop_fast
+
+ROOT = Path(__file__).parents[1]
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["layerdrop_fast._C"] = None  # as if it had not been built
+import torch, layerdrop_fast
+"""
+
+
+def python(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+    )
+
+
+def test_everything_in_all_exists():
+    assert layerdrop_fast.__all__ == sorted(layerdrop_fast.__all__)
+    for name in layerdrop_fast.__all__:
+        assert getattr(layerdrop_fast, name) is not None
+
+
+def test_import_needs_torch_and_numpy_only():
+    """Optional extras stay unimported, and so does what only a GPU needs."""
+    code = """
+import sys, layerdrop_fast
+extras = {"rich", "matplotlib", "safetensors", "triton", "pytest"} & set(sys.modules)
+sys.exit(f"imported {extras}" if extras else 0)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_the_extension_everything_gives_the_same():
+    code = """
+from layerdrop_fast import _extension, draw_plan, ops
+plan = draw_plan([0.3] * 9, 5, seed=1, step=2, sampling="systematic")
+counters = torch.tensor([1, 2, 0])
+key = ops.step_key(counters)
+x = torch.arange(48.0).view(4, 3, 4)
+out = ops.scatter_residual(x, x[:2], torch.tensor([1, 3], dtype=torch.int32), dropout_p=0.5, key=key,
+                           site=torch.tensor(300, dtype=torch.int32))
+print(plan.keep.tolist(), plan.layers, plan.rows(2).tolist(), plan.slot.tolist(), key.tolist(), out.tolist())
+print(_extension.missing)
+"""
+    without, with_extension = python(WITHOUT_EXTENSION + code), python("import torch, layerdrop_fast" + code)
+    assert without.returncode == 0, without.stderr
+    *same, reason = without.stdout.splitlines()
+    assert same == with_extension.stdout.splitlines()[:-1]
+    assert reason.startswith("not built: no C++ compiler was found at installation, or LAYERDROP_FAST_BUILD=none")
+
+
+def build_wheel(folder, **environment):
+    """A wheel of a clean copy of the sources, and what the build printed."""
+    source = folder / "source"
+    for name in ("csrc", "layerdrop_fast"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(folder)]
+    clean = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    result = subprocess.run(
+        [*command, str(source)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=clean | environment,
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    (wheel,) = folder.glob("*.whl")
+    return wheel, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"LAYERDROP_FAST_BUILD": "none"}, "LAYERDROP_FAST_BUILD=none, installing without the C++ extension"),
+        ({"PATH": str(Path(sys.executable).parent)}, "no C++ compiler found, installing without the C++ extension"),
+    ],
+)
+def test_a_pure_python_install(tmp_path, environment, said):
+    wheel, output = build_wheel(tmp_path, **environment)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert said in output
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert {"layerdrop_fast/py.typed", "layerdrop_fast/reference/philox.py", "layerdrop_fast/nn/stack.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+
+
+@pytest.mark.slow
+def test_a_compiled_install(tmp_path):
+    wheel, _ = build_wheel(tmp_path, CFLAGS="-Werror")
+    assert "layerdrop_fast/_C" + sysconfig.get_config_var("EXT_SUFFIX") in zipfile.ZipFile(wheel).namelist()
+
+
+def test_setup_stays_short():
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 120
