@@ -13,10 +13,13 @@ from torch import Tensor, nn
 class _Saved:
     """One tensor that autograd saved; lives as long as the graph holds it."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "is_weight", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # A matrix product saves the transpose of a weight, a view whose base is the parameter.
+        self.is_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+        # An operation's own result leads back to the graph: saved as it is, it would keep the graph alive for ever.
+        self.tensor = tensor.detach()
 
 
 def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tensor] = (), **kwargs: Any) -> int:
@@ -62,16 +65,11 @@ def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tens
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         result = function(*args, **kwargs)
-    saved = [item.tensor for item in held]
+    saved = list(held)
     del result  # only now: the graph, and with it what was saved, lives as long as the result
 
-    # A matrix product saves the transpose of a weight, a view whose base is the parameter.
-    weights = (tensor for tensor in saved if isinstance(_base(tensor), nn.Parameter))
-    # Storages are told apart by the address of their header, which is theirs alone while they live.
-    without = {tensor.untyped_storage()._cdata for tensor in (*excluded, *weights)}
-    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}
-    return sum(size for storage, size in sizes.items() if storage not in without)
-
-
-def _base(tensor: Tensor) -> Tensor:
-    return tensor if tensor._base is None else tensor._base
+    # The address of a storage's header is its own while it lives.
+    without = {tensor.untyped_storage()._cdata for tensor in excluded}
+    without |= {item.tensor.untyped_storage()._cdata for item in saved if item.is_weight}
+    storages = {storage._cdata: storage for storage in (item.tensor.untyped_storage() for item in saved)}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in without)

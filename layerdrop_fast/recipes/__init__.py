@@ -1,0 +1,1 @@
+"""Whole runs: the demo, its training loop and the trials behind its settings."""
