@@ -127,10 +127,10 @@ act_bwd(
       Tensor a)               # [K, ..., F], dtype of u: what act returned
 """
 
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 for _schema in re.sub(r"#.*", "", SCHEMAS).strip().split("\n\n"):
     # The parser of schemas takes no trailing comma.
-    LIBRARY.define(re.sub(r",\s*\)", ")", " ".join(_schema.split())))  # type: ignore[no-untyped-call]
+    LIBRARY.define(re.sub(r",\s*\)", ")", " ".join(_schema.split())))
 
 
 def implement(op: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -141,5 +141,5 @@ def implement(op: str, *, reference: Callable[..., Any], fake: Callable[..., Any
         reference: plain PyTorch, called with the op's arguments.
         fake: called with the same arguments, returns new tensors of the right shapes, dtypes and device.
     """
-    LIBRARY.impl(op, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(op, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=LIBRARY)

@@ -63,7 +63,7 @@ class StepCounters(nn.Module):
         if self.recomputing:
             return output
         if output.requires_grad:
-            output.register_hook(lambda _: self._begin_backward(number))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda _: self._begin_backward(number))
         elif torch.is_grad_enabled():
             self._waiting.discard(number)  # nothing here will be differentiated
         return output

@@ -15,19 +15,19 @@ NORMS = ("layernorm", "rmsnorm")
 
 def check_tensor(name: str, value: object, *dtypes: torch.dtype) -> Tensor:
     """A tensor of one of ``dtypes``."""
+    if isinstance(value, Tensor) and value.dtype in dtypes:
+        return value
     expected = " or ".join(str(dtype) for dtype in dtypes)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor of {expected}")
-    if value.dtype not in dtypes:
+    if isinstance(value, Tensor):
         raise TypeError(f"{name}: got {value.dtype}, expected {expected}")
-    return value
+    raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor of {expected}")
 
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
     """The exact shape; in a compiled region a check of the graph, since sizes may be unknown while tracing."""
     if value.dim() == len(expected) and torch.compiler.is_compiling():
         for got, want in zip(value.shape, expected, strict=True):
-            torch._check(got == want)  # type: ignore[no-untyped-call]
+            torch._check(got == want)
     elif value.shape != torch.Size(expected):
         raise ValueError(f"{name}: got {list(value.shape)}, expected {list(expected)}")
 
@@ -126,11 +126,3 @@ def check_vector(name: str, value: Tensor, like: Tensor, channels: int) -> None:
     check_tensor(name, value, *FLOATING)
     check_device(name, value, like)
     check_shape(name, value, [channels])
-
-
-def matmul_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with ``weight``: autocast's where that is on, else the weight's."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype

@@ -66,8 +66,7 @@ def act_linear(
         channels //= 2
     _checks.check_linear(weight, bias, u, channels)
     _checks.check_dropout(dropout_p, key, site, u)
-    dtype = _checks.matmul_dtype(weight)
-    return _ActLinear.apply(u, weight, bias, rows, activation, dropout_p, key, site, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _ActLinear.apply(u, weight, bias, rows, activation, dropout_p, key, site)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _ActLinear(torch.autograd.Function):
@@ -81,15 +80,13 @@ class _ActLinear(torch.autograd.Function):
         dropout_p: float,
         key: Tensor | None,
         site: Tensor | None,
-        dtype: torch.dtype,
     ) -> Any:
         a = _ops.act(u, rows, activation, dropout_p, key, site)
-        return F.linear(a.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return F.linear(a.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        u, weight, bias, rows, ctx.activation, ctx.dropout_p, key, site, _ = inputs
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        u, weight, _, rows, ctx.activation, ctx.dropout_p, key, site = inputs
         ctx.save_for_backward(u, weight, rows, key, site)
 
     @staticmethod
@@ -104,9 +101,9 @@ class _ActLinear(torch.autograd.Function):
             grad_u, a = _ops.act_bwd(u, grad_out @ weight.to(grad_out.dtype), *mask)
         if need_weight:
             a = a if need_u else _ops.act(u, *mask)
-            grad_weight = (g.t() @ a.flatten(0, -2).to(g.dtype)).to(weight.dtype)
-        grad_bias = g.sum(0, dtype=accumulator(g.dtype)).to(ctx.bias_dtype) if need_bias else None
-        return grad_u, grad_weight, grad_bias, *[None] * 6
+            grad_weight = g.t() @ a.flatten(0, -2).to(g.dtype)
+        grad_bias = g.sum(0, dtype=accumulator(g.dtype)) if need_bias else None
+        return grad_u, grad_weight, grad_bias, *[None] * 5
 
 
 def _fake_act(

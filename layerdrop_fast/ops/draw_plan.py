@@ -99,8 +99,8 @@ def _fake_draw_plan(
     counters: Tensor, rates: Tensor, batch_size: int | None, systematic: bool, min_kept: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (rates.shape[0], 1 if batch_size is None else batch_size)
-    integers = [rates.new_empty(shape, dtype=torch.int32) for _ in range(2)]
-    return (rates.new_empty(shape, dtype=torch.bool), *integers, rates.new_empty(shape[0], dtype=torch.int64))
+    keep, rows, slot = (rates.new_empty(shape, dtype=dtype) for dtype in (torch.bool, torch.int32, torch.int32))
+    return keep, rows, slot, rates.new_empty(shape[0], dtype=torch.int64)
 
 
 implement("step_key", reference=reference_step_key, fake=_fake_step_key)

@@ -48,31 +48,21 @@ def norm_linear(
     for name, value in (("gamma", gamma), ("beta", beta)):
         if value is not None:
             _checks.check_vector(name, value, xhat, channels)
-    dtype = _checks.matmul_dtype(weight)
-    return _NormLinear.apply(xhat, weight, bias, gamma, beta, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _NormLinear.apply(xhat, weight, bias, gamma, beta)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        xhat: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Any:
-        return reference.norm_linear(xhat, weight, bias, gamma, beta, dtype)
+    def forward(xhat: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Any:
+        return reference.norm_linear(xhat, weight, bias, gamma, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        xhat, weight, _, gamma, beta, _ = inputs
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:5]]
+        xhat, weight, _, gamma, beta = inputs
         ctx.save_for_backward(xhat, weight, gamma, beta)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         xhat, weight, gamma, beta = ctx.saved_tensors
-        grads = reference.norm_linear_bwd(grad_out, xhat, weight, gamma, beta, ctx.needs_input_grad[:5])
-        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
+        return reference.norm_linear_bwd(grad_out, xhat, weight, gamma, beta, ctx.needs_input_grad)
