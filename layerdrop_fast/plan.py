@@ -6,7 +6,6 @@ be drawn beforehand, drawn again, or drawn on every rank, always with the same r
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from layerdrop_fast._checks import check_choice, check_integer, check_word
 from layerdrop_fast._extension import planner
 from layerdrop_fast.schedule import FloatArray
 
@@ -156,13 +156,12 @@ def draw_plan(
         rates = _as_rates(rates)
     if rates.ndim != 1:
         raise ValueError(f"rates have shape {list(rates.shape)}, expected [num_layers]")
-    seed, step, stream = _counter(seed, "seed"), _counter(step, "step"), _counter(stream, "stream")
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"sampling is {sampling!r}, expected one of {SAMPLINGS}")
-    if batch_size is not None and _integer(batch_size, "batch_size") < 1:
+    seed, step, stream = check_word(seed, "seed"), check_word(step, "step"), check_word(stream, "stream")
+    check_choice(sampling, "sampling", SAMPLINGS)
+    if batch_size is not None and check_integer(batch_size, "batch_size") < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1, or None for batch granularity")
     units = len(rates) if batch_size is None else batch_size
-    if not 0 <= _integer(min_kept, "min_kept") <= units:
+    if not 0 <= check_integer(min_kept, "min_kept") <= units:
         raise ValueError(f"min_kept is {min_kept}, expected 0 to {units}, the number of units that are drawn together")
 
     keep = planner.draw_keep(rates, batch_size, seed, step, stream, sampling == "systematic", min_kept)
@@ -179,17 +178,3 @@ def _as_rates(rates: Any) -> FloatArray:
         return np.asarray(rates, dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"rates must be a vector of numbers, got {rates!r}") from None
-
-
-def _counter(value: int, name: str) -> int:
-    number = _integer(value, name)
-    if not 0 <= number < 1 << 64:
-        raise ValueError(f"{name} is {number}, expected an integer in [0, 2**64)")
-    return number
-
-
-def _integer(value: int, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None

@@ -10,7 +10,6 @@ prints and pickles as what it says: ``DropSchedule(24, linear(0.5), decreasing(1
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -18,28 +17,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from layerdrop_fast._checks import check_count, check_rate
+
 FloatArray: TypeAlias = npt.NDArray[np.float64]
-
-
-def _rate(value: float, name: str) -> float:
-    """A number in [0, 1] as a float, or an error that names it."""
-    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
-    if not 0.0 <= number <= 1.0:  # also catches NaN
-        raise ValueError(f"{name} must lie in [0, 1], got {number}")
-    return number
-
-
-def _count(value: int, name: str, minimum: int) -> int:
-    """An integer of at least ``minimum``, or an error that names it."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    return number
 
 
 class Depth:
@@ -63,7 +43,7 @@ class uniform(Depth):
     p: float
 
     def __post_init__(self) -> None:
-        _rate(self.p, "uniform drop rate p")
+        check_rate(self.p, "uniform drop rate p")
 
     def __call__(self, num_layers: int) -> FloatArray:
         return np.full(num_layers, self.p, dtype=np.float64)
@@ -80,7 +60,7 @@ class linear(Depth):
     p_max: float
 
     def __post_init__(self) -> None:
-        _rate(self.p_max, "linear drop rate p_max")
+        check_rate(self.p_max, "linear drop rate p_max")
 
     def __call__(self, num_layers: int) -> FloatArray:
         if num_layers == 1:
@@ -95,7 +75,7 @@ class alternating(Depth):
     p_max: float
 
     def __post_init__(self) -> None:
-        _rate(self.p_max, "alternating drop rate p_max")
+        check_rate(self.p_max, "alternating drop rate p_max")
 
     def __call__(self, num_layers: int) -> FloatArray:
         rates = np.zeros(num_layers, dtype=np.float64)
@@ -110,7 +90,7 @@ class per_layer(Depth):
     rates: tuple[float, ...]
 
     def __init__(self, rates: Sequence[float]) -> None:
-        named = (_rate(rate, f"drop rate of layer {layer}") for layer, rate in enumerate(rates))
+        named = (check_rate(rate, f"drop rate of layer {layer}") for layer, rate in enumerate(rates))
         object.__setattr__(self, "rates", tuple(named))
 
     def __call__(self, num_layers: int) -> FloatArray:
@@ -137,7 +117,7 @@ class decreasing(Time):
     total: int
 
     def __post_init__(self) -> None:
-        _count(self.total, "decreasing total", 1)
+        check_count(self.total, "decreasing total", 1)
 
     def __call__(self, step: int) -> float:
         return 1.0 if self.total == 1 else 1.0 - min(step, self.total - 1) / (self.total - 1)
@@ -153,7 +133,7 @@ class increasing(Time):
     total: int
 
     def __post_init__(self) -> None:
-        _count(self.total, "increasing total", 1)
+        check_count(self.total, "increasing total", 1)
 
     def __call__(self, step: int) -> float:
         return 1.0 if self.total == 1 else min(step, self.total - 1) / (self.total - 1)
@@ -172,7 +152,7 @@ class progressive(Time):
     gamma: float = 0.001
 
     def __post_init__(self) -> None:
-        _rate(self.theta, "progressive theta")
+        check_rate(self.theta, "progressive theta")
         if not 0.0 <= self.gamma < math.inf:
             raise ValueError(f"progressive gamma must be finite and at least 0, got {self.gamma}")
 
@@ -190,7 +170,7 @@ class warmup(Time):
     steps: int
 
     def __post_init__(self) -> None:
-        _count(self.steps, "warmup steps", 1)
+        check_count(self.steps, "warmup steps", 1)
 
     def __call__(self, step: int) -> float:
         return min(step + 1, self.steps) / self.steps
@@ -220,7 +200,7 @@ class DropSchedule:
     depth_rates: FloatArray = field(init=False, repr=False, compare=False)  # depth(num_layers), read-only
 
     def __post_init__(self) -> None:
-        _count(self.num_layers, "num_layers", 1)
+        check_count(self.num_layers, "num_layers", 1)
         for name, value, expected in (("depth", self.depth, Depth), ("time", self.time, Time)):
             if not isinstance(value, expected):
                 raise TypeError(
@@ -231,13 +211,13 @@ class DropSchedule:
         if rates.shape != (self.num_layers,):
             raise ValueError(f"depth profile gave rates of shape {list(rates.shape)}, expected [{self.num_layers}]")
         for layer, rate in enumerate(rates):
-            _rate(rate, f"drop rate of layer {layer}")
+            check_rate(rate, f"drop rate of layer {layer}")
         rates.setflags(write=False)
         object.__setattr__(self, "depth_rates", rates)
 
     def __call__(self, step: int) -> FloatArray:
         """The drop rates of step ``step`` (0-based), float64 [num_layers]."""
-        return self.depth_rates * self.time(_count(step, "step", 0))
+        return self.depth_rates * self.time(check_count(step, "step", 0))
 
     @classmethod
     def of(cls, schedule: float | Sequence[float] | DropSchedule, num_layers: int) -> DropSchedule:
@@ -247,7 +227,7 @@ class DropSchedule:
                 raise ValueError(f"schedule is for {schedule.num_layers} layers, expected {num_layers}")
             return schedule
         if np.ndim(schedule) == 0:
-            return cls(num_layers, uniform(_rate(schedule, "drop rate")))  # type: ignore[arg-type]
+            return cls(num_layers, uniform(check_rate(schedule, "drop rate")))  # type: ignore[arg-type]
         return cls(num_layers, per_layer(schedule))  # type: ignore[arg-type]
 
 
@@ -270,7 +250,7 @@ def optimal_drop_rate(num_groups: int, kept: float) -> float:
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3. The paper itself trains with 0.2 throughout and
     recommends 0.5 for very small inference models.
     """
-    _count(num_groups, "num_groups", 1)
+    check_count(num_groups, "num_groups", 1)
     if not 0 <= kept <= num_groups:
         raise ValueError(f"kept must lie in [0, {num_groups}], got {kept}")
     return 1.0 - kept / num_groups

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerdrop_fast.plan import _counter
-from layerdrop_fast.schedule import _count
+from layerdrop_fast._checks import check_count, check_word
 
 STATE_VERSION = 1
 
@@ -27,8 +26,8 @@ class StepCounters(nn.Module):
         super().__init__()
         if seed is None:
             seed = int(torch.randint(0, (1 << 63) - 1, ()))
-        self.seed = _counter(seed, "seed")
-        self.accumulation = _count(accumulation, "accumulation", 1)
+        self.seed = check_word(seed, "seed")
+        self.accumulation = check_count(accumulation, "accumulation", 1)
         self.forwards = 0
         self._waiting: set[int] = set()  # forwards whose backward has not begun
         self._in_backward: int | None = None  # the forward whose backward began last
@@ -40,7 +39,7 @@ class StepCounters(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Makes the next training forward the first microbatch of step ``step``."""
-        self.forwards = _count(step, "step", 0) * self.accumulation
+        self.forwards = check_count(step, "step", 0) * self.accumulation
         self._waiting.clear()
         self._in_backward = None
 
@@ -108,7 +107,7 @@ def set_step(model: nn.Module, step: int) -> None:
         ValueError: a negative step, or a model without counters; TypeError: a step that is no integer. Nothing is
         changed then.
     """
-    _count(step, "step", 0)
+    check_count(step, "step", 0)
     counters = [module for module in model.modules() if isinstance(module, StepCounters)]
     if not counters:
         raise ValueError(f"{type(model).__name__} holds no LayerDropStack, expected at least one")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerdrop_fast.schedule import _rate
+from layerdrop_fast._checks import check_rate
 
 
 class LayerDropModuleList(nn.ModuleList):
@@ -56,7 +56,7 @@ class LayerDropModuleList(nn.ModuleList):
 
     @p.setter
     def p(self, value: float) -> None:
-        self._p = _rate(value, "drop rate p")
+        self._p = check_rate(value, "drop rate p")
 
     def __iter__(self) -> Iterator[nn.Module]:
         uniform = torch.empty(len(self)).uniform_().tolist()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerdrop_fast._checks import check_choice
 from layerdrop_fast.nn.counters import StepCounters
 from layerdrop_fast.nn.layer_drop_list import every_layer
 from layerdrop_fast.plan import SAMPLINGS, DropPlan, draw_plan
@@ -78,11 +79,11 @@ class LayerDropStack(nn.Module):
         accumulation: int = 1,
     ) -> None:
         super().__init__()
-        _one_of("granularity", granularity, ("batch",))
+        check_choice(granularity, "granularity", ("batch",))
         self.layers = nn.ModuleList(every_layer(layers))
         self.schedule = DropSchedule.of(schedule, len(self.layers))
-        self.sampling = _one_of("sampling", sampling, SAMPLINGS)
-        self.scale = _one_of("scale", scale, SCALES)
+        self.sampling = check_choice(sampling, "sampling", SAMPLINGS)
+        self.scale = check_choice(scale, "scale", SCALES)
         self.counters = StepCounters(seed, accumulation)
         self.reset_stats()
 
@@ -161,9 +162,3 @@ class LayerDropStack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.schedule}, sampling={self.sampling!r}, scale={self.scale!r}, seed={self.counters.seed}"
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected one of {allowed}")
-    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerdrop_fast.schedule import _count, _rate
+from layerdrop_fast._checks import check_count, check_rate
 
 
 def every_other(num_layers: int, *, kept: int | None = None, p: float | None = None) -> list[int]:
@@ -27,16 +27,16 @@ def every_other(num_layers: int, *, kept: int | None = None, p: float | None = N
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3.
     """
-    _count(num_layers, "num_layers", 1)
+    check_count(num_layers, "num_layers", 1)
     if (kept is None) == (p is None):
         raise ValueError(f"got kept={kept} and p={p}, expected exactly one of them")
     if p is not None:
-        _rate(p, "share of layers to drop p")
+        check_rate(p, "share of layers to drop p")
         period = round(1 / p) if p > 0 else 0
         # 1/k as a float; 1e-9 admits 0.3333333333 and no rate that anyone would tell from 1/k.
         if period and abs(p * period - 1) < 1e-9:
             return [layer for layer in range(num_layers) if (layer + 1) % period != 0]
         kept = round((1 - p) * num_layers)
-    if not 0 <= _count(kept, "kept", 0) <= num_layers:  # type: ignore[arg-type]
+    if not 0 <= check_count(kept, "kept", 0) <= num_layers:  # type: ignore[arg-type]
         raise ValueError(f"kept is {kept}, expected 0 to {num_layers}")
     return [i * num_layers // kept for i in range(kept)]  # type: ignore[operator,arg-type]

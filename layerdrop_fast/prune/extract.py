@@ -8,9 +8,10 @@ from typing import TypeVar
 
 from torch import nn
 
+from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.layer_drop_list import LayerDropModuleList, every_layer
 from layerdrop_fast.nn.stack import LayerDropStack
-from layerdrop_fast.schedule import DropSchedule, _count, per_layer
+from layerdrop_fast.schedule import DropSchedule, per_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,7 +71,7 @@ def _layers_of(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 def _checked(name: str, keep: Sequence[int], layers: nn.ModuleList) -> list[int]:
-    indices = [_count(index, "layer to keep", 0) for index in keep]
+    indices = [check_count(index, "layer to keep", 0) for index in keep]
     if not indices or indices != sorted(set(indices)) or indices[-1] >= len(layers):
         raise ValueError(
             f"layers to keep of {name!r} are {indices}, expected at least one of 0 to {len(layers) - 1}, ascending"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from layerdrop_fast.schedule import _rate
+from layerdrop_fast._checks import check_rate
 
 MODES = ("row", "batch")
 
@@ -41,7 +41,7 @@ class Masked(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {MODES}")
-        self.p, self.mode, self.scale_by_keep = _rate(p, "drop rate p"), mode, scale_by_keep
+        self.p, self.mode, self.scale_by_keep = check_rate(p, "drop rate p"), mode, scale_by_keep
         self.outcome: bool | None = None  # whether all samples are kept, whatever is drawn
 
     def mask(self, branch: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Skip(nn.ModuleList):
 
     def __init__(self, p: float, layers: Iterable[nn.Module]) -> None:
         super().__init__(layers)
-        self.p = _rate(p, "drop rate p")
+        self.p = check_rate(p, "drop rate p")
         self.outcome: Tensor | None = None  # float32 [L]: numbers in place of those drawn
 
     def __iter__(self) -> Iterator[nn.Module]:

@@ -19,10 +19,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from layerdrop_fast._checks import check_count, check_rate
 from layerdrop_fast.memory import saved_bytes
 from layerdrop_fast.nn import LayerDropStack, set_step
 from layerdrop_fast.recipes.peers import Masked, Skip
-from layerdrop_fast.schedule import _count, _rate
 
 RULES = {
     "dense": "every layer runs",
@@ -92,10 +92,10 @@ def measure_price(
     """
     sizes = {"layers": layers, "nhead": nhead, "B": batch[0], "S": batch[1], "repeats": repeats}
     for name, value in (sizes | {"d_model": d_model, "dim_feedforward": dim_feedforward}).items():
-        _count(value, name, 1)
+        check_count(value, name, 1)
     if d_model % nhead:
         raise ValueError(f"d_model is {d_model}, expected a multiple of nhead, {nhead}")
-    _rate(p, "drop rate p")
+    check_rate(p, "drop rate p")
     device = torch.device(device)
     generators = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     with torch.random.fork_rng(**generators):
@@ -197,7 +197,7 @@ class _Contest:
         self.zero_grad()
         _synchronize(self.x.device)
         start = time.perf_counter()
-        self.loss(rule).backward()  # type: ignore[no-untyped-call]
+        self.loss(rule).backward()
         self.optimizer.step()
         _synchronize(self.x.device)
         return time.perf_counter() - start
@@ -206,7 +206,7 @@ class _Contest:
         """The output and all gradients of the prepared plan, without dropout."""
         self.zero_grad()
         output = self.run[rule](self.x)
-        nn.functional.mse_loss(output, self.target, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        nn.functional.mse_loss(output, self.target, reduction="sum").backward()
         weights = {f"gradient of layer {name}": weight.grad for name, weight in self.parameters.items()}
         return {"output": output.detach(), "gradient of x": self.x.grad, **weights}
 

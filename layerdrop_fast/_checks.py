@@ -1,0 +1,44 @@
+"""Checks of plain arguments: each returns the value, or raises an error that names what came and what was expected."""
+
+import operator
+
+
+def check_rate(value: float, name: str) -> float:
+    """A number in [0, 1], as a float."""
+    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if not 0.0 <= number <= 1.0:  # also catches NaN
+        raise ValueError(f"{name} must lie in [0, 1], got {number}")
+    return number
+
+
+def check_integer(value: int, name: str) -> int:
+    """An integer of any kind, as Python's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+
+
+def check_count(value: int, name: str, minimum: int) -> int:
+    """An integer of at least ``minimum``."""
+    number = check_integer(value, name)
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def check_word(value: int, name: str) -> int:
+    """An integer in [0, 2**64): a seed, a step, a stream."""
+    number = check_integer(value, name)
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"{name} is {number}, expected an integer in [0, 2**64)")
+    return number
+
+
+def check_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
+    """One of several names."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {choices}")
+    return value
