@@ -7,7 +7,9 @@
 #include <array>
 #include <cstring>
 #include <optional>
+#include <string>
 
+#include "cpu/philox_wide.h"
 #include "philox.h"
 #include "planner.h"
 
@@ -70,6 +72,29 @@ py::tuple philox4x32_py(std::array<uint32_t, 4> counter, std::array<uint32_t, 2>
   return py::make_tuple(out.x[0], out.x[1], out.x[2], out.x[3]);
 }
 
+// The words of blocks first_block and on, by one of the instruction sets that instruction_sets() names.
+py::array_t<uint32_t> fill_blocks_py(const std::string& instruction_set,
+                                     std::array<uint32_t, 4> key,
+                                     uint32_t site,
+                                     uint64_t first_block,
+                                     int64_t num_groups) {
+  for (const InstructionSet& candidate : instruction_sets()) {
+    if (candidate.name == instruction_set && num_groups >= 0) {
+      py::array_t<uint32_t> words(4 * kBlockGroup * num_groups);
+      const Philox4 philox_key = {{key[0], key[1], key[2], key[3]}};
+      candidate.fill_blocks(philox_key, site, first_block, kBlockGroup * num_groups, words.mutable_data());
+      return words;
+    }
+  }
+  throw py::value_error("fill_blocks: an instruction set of this processor was expected, got " + instruction_set);
+}
+
+py::list instruction_sets_py() {
+  py::list names;
+  for (const InstructionSet& candidate : instruction_sets()) names.append(candidate.name);
+  return names;
+}
+
 }  // namespace
 }  // namespace layerdrop_fast
 
@@ -80,6 +105,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact_rows", &compact_rows_py);
   m.def("compact_slot", &compact_slot_py);
   m.def("philox4x32", &philox4x32_py);
+  m.def("fill_blocks", &fill_blocks_py);
+  m.def("instruction_sets", &instruction_sets_py);
   m.attr("compiler") = LAYERDROP_COMPILER;
   m.attr("built_with_torch") = LAYERDROP_TORCH_VERSION;
 }

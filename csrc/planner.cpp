@@ -13,29 +13,27 @@ namespace {
 
 constexpr int64_t kChunk = 2048;  // elements; 8 KiB of random words stay in the first-level cache
 
-// The words of elements first .. first + count in order, read through fixed-size chunks.
-class ElementBits {
+// The random words of a site, by element.
+class SiteWords {
  public:
-  ElementBits(const Philox4& key, uint32_t site) : key_(key), site_(site) {}
+  SiteWords(const Philox4& key, uint32_t site) : key_(key), site_(site) {}
 
   // The word of one element.
   uint32_t at(uint64_t element) const { return random_block(key_, site_, element / 4).x[element % 4]; }
 
-  // use(element, words, count) for consecutive pieces of [0, total).
-  template <typename Use>
-  void for_each_chunk(int64_t total, Use use) const {
-    uint32_t words[kChunk];
-    for (int64_t first = 0; first < total; first += kChunk) {
-      const int64_t count = std::min(kChunk, total - first);
-      const int64_t groups = (count + 4 * kBlockGroup - 1) / (4 * kBlockGroup);
-      fill_blocks(key_, site_, static_cast<uint64_t>(first) / 4, groups * kBlockGroup, words);
-      use(first, words, count);
-    }
+  // The words of elements first .. first + count, valid until the next call.
+  const uint32_t* range(uint64_t first, int64_t count) {
+    const int64_t skipped = static_cast<int64_t>(first % 4);
+    const int64_t groups = (skipped + count + 4 * kBlockGroup - 1) / (4 * kBlockGroup);
+    buffer_.resize(static_cast<size_t>(groups * kBlockGroup * 4));
+    fill_blocks(key_, site_, first / 4, groups * kBlockGroup, buffer_.data());
+    return buffer_.data() + skipped;
   }
 
  private:
   Philox4 key_;
   uint32_t site_;
+  std::vector<uint32_t> buffer_;
 };
 
 class Planner {
@@ -56,7 +54,7 @@ class Planner {
       thresholds_.push_back(static_cast<uint64_t>(std::llrint((1.0 - rate) * 4294967296.0)));
     }
     if (request_.systematic) {
-      for (int64_t group = 0; group < num_groups_; ++group) systematic(group);
+      systematic();
     } else {
       bernoulli();
       for (int64_t group = 0; request_.min_kept > 0 && group < num_groups_; ++group) top_up_bernoulli(group);
@@ -69,57 +67,56 @@ class Planner {
   uint64_t threshold(int64_t group, int64_t unit) const { return thresholds_[request_.over_layers ? unit : group]; }
 
   void bernoulli() {
-    const ElementBits bits(key_, kSiteKeep);
-    const int64_t batch = request_.batch_size;
-    bits.for_each_chunk(request_.num_layers * batch, [&](int64_t first, const uint32_t* words, int64_t count) {
+    SiteWords site(key_, kSiteKeep);
+    const int64_t batch = request_.batch_size, total = request_.num_layers * batch;
+    for (int64_t first = 0; first < total; first += kChunk) {
+      const int64_t count = std::min(kChunk, total - first);
+      const uint32_t* words = site.range(static_cast<uint64_t>(first), count);
       for (int64_t done = 0; done < count;) {
         const int64_t layer = (first + done) / batch;
         const int64_t here = std::min(count - done, (layer + 1) * batch - first - done);
         const uint64_t t = thresholds_[layer];
         bool* keep = keep_ + first + done;
-        if (t >> 32) {
-          std::fill_n(keep, here, true);
-        } else {
-          for (int64_t i = 0; i < here; ++i) keep[i] = words[done + i] < t;
-        }
+        for (int64_t i = 0; i < here; ++i) keep[i] = words[done + i] < t;
         done += here;
       }
-    });
+    }
   }
 
   void top_up_bernoulli(int64_t group) {
-    bool* keep = keep_ + group * group_size_;
-    const ElementBits bits(key_, kSiteKeep);
-    top_up(keep, [&](int64_t unit) {
-      const int64_t word = bits.at(static_cast<uint64_t>(group * group_size_ + unit));
+    const SiteWords site(key_, kSiteKeep);
+    top_up(keep_ + group * group_size_, [&](int64_t unit) {
+      const int64_t word = site.at(static_cast<uint64_t>(group * group_size_ + unit));
       return word - static_cast<int64_t>(threshold(group, unit));
     });
   }
 
   // Systematic sampling (Madow 1949): units end to end in random order, kept where a comb with teeth at
   // start, start + 2^32, ... hits them.
-  void systematic(int64_t group) {
-    const ElementBits bits(key_, kSitePermutation);
+  void systematic() {
+    SiteWords sort_keys(key_, kSitePermutation), starts(key_, kSiteStart);
     std::vector<uint64_t> order(group_size_);  // sort key << 32 | unit
-    for (int64_t unit = 0; unit < group_size_; ++unit) {
-      const uint64_t sort_key = bits.at(static_cast<uint64_t>(group * group_size_ + unit));
-      order[unit] = sort_key << 32 | static_cast<uint64_t>(unit);
-    }
-    std::sort(order.begin(), order.end());
-
-    const uint64_t start = ElementBits(key_, kSiteStart).at(static_cast<uint64_t>(group));
-    bool* keep = keep_ + group * group_size_;
     std::vector<int64_t> place(group_size_);
-    uint64_t end = 0, teeth = 0;
-    for (int64_t i = 0; i < group_size_; ++i) {
-      const int64_t unit = static_cast<uint32_t>(order[i]);
-      end += threshold(group, unit);
-      const uint64_t teeth_before_end = (end + 0xFFFFFFFFu - start) >> 32;
-      keep[unit] = teeth_before_end > teeth;
-      teeth = teeth_before_end;
-      place[unit] = i;
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      const uint32_t* words = sort_keys.range(static_cast<uint64_t>(group * group_size_), group_size_);
+      for (int64_t unit = 0; unit < group_size_; ++unit) {
+        order[unit] = uint64_t{words[unit]} << 32 | static_cast<uint64_t>(unit);
+      }
+      std::sort(order.begin(), order.end());
+
+      const uint64_t start = starts.at(static_cast<uint64_t>(group));
+      bool* keep = keep_ + group * group_size_;
+      uint64_t end = 0, teeth = 0;
+      for (int64_t i = 0; i < group_size_; ++i) {
+        const int64_t unit = static_cast<uint32_t>(order[i]);
+        end += threshold(group, unit);
+        const uint64_t teeth_before_end = (end + 0xFFFFFFFFu - start) >> 32;
+        keep[unit] = teeth_before_end > teeth;
+        teeth = teeth_before_end;
+        place[unit] = i;
+      }
+      if (request_.min_kept > 0) top_up(keep, [&](int64_t unit) { return place[unit]; });
     }
-    if (request_.min_kept > 0) top_up(keep, [&](int64_t unit) { return place[unit]; });
   }
 
   // Keeps the dropped units of lowest priority until min_kept are kept; equal priorities by index.

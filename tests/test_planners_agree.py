@@ -9,6 +9,7 @@ import torch
 from layerdrop_fast import _extension, ops
 from layerdrop_fast.reference import planner as reference
 from layerdrop_fast.reference.draw_plan import draw_plan as reference_draw_plan
+from layerdrop_fast.reference.philox import random_bits
 from layerdrop_fast.reference.philox import step_key as reference_step_key
 
 pytestmark = pytest.mark.skipif(_extension.missing is not None, reason=f"C++ extension {_extension.missing}")
@@ -17,14 +18,14 @@ compiled = _extension.planner
 
 def random_request(rng):
     """Arguments of draw_keep, extremes included."""
-    num_layers = rng.choice([1, 2, 3, 4, 7, 40, 63, rng.randint(1, 200)])
+    num_layers = rng.choice([0, 1, 2, 3, 4, 7, 40, 63, rng.randint(1, 200)])
     batch_size = rng.choice([None, None, 1, 2, 5, 16, rng.randint(1, 140)])
     extremes = [0.0, 1.0, 0.5, 2.0**-32, 2.0**-33, 1 - 2.0**-32, 1 - 2.0**-33, 1 - 2.0**-53, 5e-324]
     rates = [rng.choice(extremes) if rng.random() < 0.3 else rng.random() for _ in range(num_layers)]
     words = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
     counters = [rng.choice(words) if rng.random() < 0.5 else rng.getrandbits(64) for _ in range(3)]
     units = num_layers if batch_size is None else batch_size
-    min_kept = rng.choice([0, 0, 1, units, rng.randint(0, units)])
+    min_kept = rng.choice([0, 0, min(1, units), units, rng.randint(0, units)])
     return np.array(rates), batch_size, *counters, rng.random() < 0.5, min_kept
 
 
@@ -47,6 +48,18 @@ def test_both_planners_compact_alike():
                 assert ours.dtype == theirs.dtype
                 assert np.array_equal(ours, theirs)
             assert np.array_equal(compiled.compact_slot(keep), reference.compact_slot(keep))
+
+
+@pytest.mark.parametrize("instruction_set", compiled.instruction_sets() if _extension.missing is None else [])
+def test_every_instruction_set_draws_the_same_words(instruction_set):
+    """Wide and plain paths against the reference, at both ends of the 40-bit block numbers."""
+    key = torch.tensor([1, -2, 3, -4], dtype=torch.int32)
+    for site in (0, 1, 300, 2**24 - 1):
+        for first_block in (0, 5, 2**32 - 9, 2**40 - 24):
+            words = compiled.fill_blocks(instruction_set, [w % 2**32 for w in key.tolist()], site, first_block, 3)
+            elements = 4 * first_block + torch.arange(96)
+            expected = random_bits(key, torch.tensor(site, dtype=torch.int32), elements)
+            assert words.tolist() == expected.tolist()
 
 
 def test_large_draws_agree_across_the_chunks_of_the_fast_path():

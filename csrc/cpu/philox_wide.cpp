@@ -9,8 +9,6 @@
 namespace layerdrop_fast {
 namespace {
 
-using FillBlocks = void(const Philox4&, uint32_t, uint64_t, int64_t, uint32_t*);
-
 void fill_blocks_scalar(const Philox4& key, uint32_t site, uint64_t first_block, int64_t num_blocks, uint32_t* out) {
   for (int64_t i = 0; i < num_blocks; ++i) {
     const Philox4 words = random_block(key, site, first_block + static_cast<uint64_t>(i));
@@ -54,8 +52,9 @@ __attribute__((target("avx2"))) void fill_blocks_avx2(
   const Vector4 lanes = {0, 1, 2, 3};
   for (int64_t start = 0; start < num_blocks; start += 4) {
     LAYERDROP_WIDE_ROUNDS(Vector4, multiply4);
-    const Vector4 halves[2] = {__builtin_shufflevector(words01, words23, 0, 4, 1, 5),
-                               __builtin_shufflevector(words01, words23, 2, 6, 3, 7)};
+    const __m256i a = reinterpret_cast<__m256i>(words01), b = reinterpret_cast<__m256i>(words23);
+    const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
+    const __m256i halves[2] = {_mm256_permute2x128_si256(even, odd, 0x20), _mm256_permute2x128_si256(even, odd, 0x31)};
     std::memcpy(out + 4 * start, halves, sizeof(halves));
   }
 }
@@ -65,28 +64,31 @@ __attribute__((target("avx512f"))) void fill_blocks_avx512(
   const Vector8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
   for (int64_t start = 0; start < num_blocks; start += 8) {
     LAYERDROP_WIDE_ROUNDS(Vector8, multiply8);
-    const Vector8 halves[2] = {__builtin_shufflevector(words01, words23, 0, 8, 1, 9, 2, 10, 3, 11),
-                               __builtin_shufflevector(words01, words23, 4, 12, 5, 13, 6, 14, 7, 15)};
+    const __m512i a = reinterpret_cast<__m512i>(words01), b = reinterpret_cast<__m512i>(words23);
+    const __m512i halves[2] = {_mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b),
+                               _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b)};
     std::memcpy(out + 4 * start, halves, sizeof(halves));
   }
 }
 
 #endif
 
-FillBlocks* widest() {
+std::vector<InstructionSet> find_instruction_sets() {
+  std::vector<InstructionSet> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) return fill_blocks_avx512;
-  if (__builtin_cpu_supports("avx2")) return fill_blocks_avx2;
+  if (__builtin_cpu_supports("avx512f")) found.push_back({"avx512", fill_blocks_avx512});
+  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", fill_blocks_avx2});
 #endif
-  return fill_blocks_scalar;
+  found.push_back({"scalar", fill_blocks_scalar});
+  return found;
 }
 
 }  // namespace
 
-void fill_blocks(const Philox4& key, uint32_t site, uint64_t first_block, int64_t num_blocks, uint32_t* out) {
-  static FillBlocks* const fill = widest();
-  fill(key, site, first_block, num_blocks, out);
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> found = find_instruction_sets();
+  return found;
 }
 
 }  // namespace layerdrop_fast

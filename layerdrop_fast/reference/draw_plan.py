@@ -35,7 +35,7 @@ def draw_plan(
     keep, priority = draw(key, thresholds)
     keep = keep | (rank(torch.where(keep, -1, priority)) < min_kept)
 
-    keep = keep.view(num_layers, -1)
+    keep = keep.view(num_layers, 1 if batch_size is None else batch_size)
     place = torch.arange(keep.shape[1], device=device)
     kept = keep.sum(dim=1)
     rows = torch.argsort(~keep, dim=1, stable=True).where(place < kept[:, None], -1)
