@@ -1,6 +1,6 @@
 """LayerDrop and stochastic depth for deep transformers, at the price of the layers that are kept."""
 
-from layerdrop_fast import nn, ops, prune
+from layerdrop_fast import memory, models, ops, prune
 from layerdrop_fast.nn import LayerDropModuleList, LayerDropStack, StackStats, set_step
 from layerdrop_fast.plan import DropPlan, draw_plan
 from layerdrop_fast.schedule import (
@@ -31,7 +31,8 @@ __all__ = [
     "draw_plan",
     "increasing",
     "linear",
-    "nn",
+    "memory",
+    "models",
     "ops",
     "optimal_drop_rate",
     "per_layer",

@@ -7,7 +7,10 @@ def check_rate(value: float, name: str) -> float:
     """A number in [0, 1], as a float."""
     if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
+        raise TypeError(f"{name} must be a single number, got {value!r}") from None
     if not 0.0 <= number <= 1.0:  # also catches NaN
         raise ValueError(f"{name} must lie in [0, 1], got {number}")
     return number

@@ -1,5 +1,8 @@
 """The schema of every op, once. Searching for an op's name finds its schema here and all of its backends.
 
+``norm_linear`` and ``act_linear`` are not here: they are compositions in ``ops/`` of torch's matrix products with
+``gather_norm`` and with the elementwise halves ``act`` and ``act_bwd``.
+
 ``reference/`` implements each op for every device (CompositeExplicitAutograd), ``csrc/`` takes the CPU key, Triton the
 CUDA key; the dispatcher chooses. Gradients stand outside, in the ``autograd.Function``s of ``ops/``.
 
@@ -11,6 +14,7 @@ Every backend keeps to this:
 - A row of -1 is a spare row (a captured graph has room for more rows than a step keeps): it reads nothing and writes
   nothing, and its place in every [K, ...] output is 0.
 - A sample that is not in ``rows`` is not read; where it must appear in the output it is copied bit for bit.
+- Sites below 256 belong to the plan's own decisions.
 - Arithmetic and ``rstd`` are float32, for float64 tensors float64. Dropout masks: ``reference/dropout.py``.
 """
 
@@ -62,7 +66,7 @@ scatter_residual(
     Tensor? scale,            # [] f32 (f64 where x is f64); None is 1
     float dropout_p,          # in [0, 1]
     Tensor? key,              # int32 [4]; None where dropout_p is 0
-    Tensor? site,             # int32 [], in [0, 2^24); None where dropout_p is 0
+    Tensor? site,             # int32 [], in [256, 2^24); None where dropout_p is 0
 ) -> Tensor                   # [B, ..., D], dtype of x
 
 scatter_residual_bwd(
@@ -83,7 +87,7 @@ scatter_residual_gather_norm(
     Tensor? scale,            # [] f32 (f64 where x is f64); None is 1
     float dropout_p,          # in [0, 1]
     Tensor? key,              # int32 [4]; None where dropout_p is 0
-    Tensor? site,             # int32 [], in [0, 2^24); None where dropout_p is 0
+    Tensor? site,             # int32 [], in [256, 2^24); None where dropout_p is 0
     bool rms,                 # RMSNorm instead of LayerNorm
     float eps,                # >= 0
 ) -> (Tensor x_out,           # [B, ..., D], dtype of x
@@ -112,7 +116,7 @@ act(
     str activation,           # gelu | gelu_tanh | relu | silu | swiglu
     float dropout_p,          # in [0, 1]
     Tensor? key,              # int32 [4]; None where dropout_p is 0
-    Tensor? site,             # int32 [], in [0, 2^24); None where dropout_p is 0
+    Tensor? site,             # int32 [], in [256, 2^24); None where dropout_p is 0
 ) -> Tensor                   # a [K, ..., F], dtype of u
 
 act_bwd(

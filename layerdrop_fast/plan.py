@@ -71,7 +71,7 @@ class DropPlan:
     @property
     def keep(self) -> Tensor:
         """bool [L, B]: whether layer l is kept for sample b."""
-        return self._tensor("keep", lambda: self._keep)
+        return self._tensor("keep", self._keep.copy)
 
     @property
     def kept(self) -> Tensor:
@@ -134,7 +134,8 @@ def draw_plan(
             rounding, of the layers (batch granularity) or of each layer's samples (sample granularity). Either way
             every unit is kept with exactly its own probability.
         min_kept: at least so many layers (batch) or samples of each layer (sample) are kept: where fewer were drawn,
-            those that came nearest to being kept are added. That raises the expected number of kept units by
+            dropped ones are added, of independent decisions those whose words came nearest to their thresholds, of
+            systematic ones any, in random order. That raises the expected number of kept units by
             ``E[max(0, min_kept - K)]``, K being the number drawn; for ``min_kept=1`` and independent decisions this
             is the probability that everything is dropped, e.g. ``0.5**40 = 9e-13`` for 40 layers at rate 0.5, but
             0.25 for a batch of 2.
@@ -158,8 +159,8 @@ def draw_plan(
         raise ValueError(f"rates have shape {list(rates.shape)}, expected [num_layers]")
     seed, step, stream = check_word(seed, "seed"), check_word(step, "step"), check_word(stream, "stream")
     check_choice(sampling, "sampling", SAMPLINGS)
-    if batch_size is not None and check_integer(batch_size, "batch_size") < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1, or None for batch granularity")
+    if batch_size is not None and not 1 <= check_integer(batch_size, "batch_size") < 1 << 31:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 to 2**31 - 1, or None for batch granularity")
     units = len(rates) if batch_size is None else batch_size
     if not 0 <= check_integer(min_kept, "min_kept") <= units:
         raise ValueError(f"min_kept is {min_kept}, expected 0 to {units}, the number of units that are drawn together")
@@ -175,6 +176,6 @@ def _as_rates(rates: Any) -> FloatArray:
     if isinstance(rates, Tensor) and rates.device.type != "cpu":
         raise TypeError(f"rates are a tensor on {rates.device}, expected numbers on the host")
     try:
-        return np.asarray(rates, dtype=np.float64)
+        return np.asarray(rates.detach() if isinstance(rates, Tensor) else rates, dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"rates must be a vector of numbers, got {rates!r}") from None

@@ -1,5 +1,8 @@
 """The statements of docs/optimizers.md."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -94,6 +97,29 @@ def scaled_step(model):
     scaler.scale(model(X.clone().requires_grad_()).square().sum()).backward()
     scaler.step(optimizer)
     scaler.update()
+
+
+def documented_steps(stack, optimizer, steps):
+    """Runs the snippet of docs/optimizers.md; returns how often the optimizer stepped."""
+    page = (Path(__file__).parents[1] / "docs" / "optimizers.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = dict(stack=stack, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", init_scale=8.0), x=X)
+    stepped = 0
+    for _ in range(steps):
+        exec(snippet, names)
+        stepped += names["ran"]
+        optimizer.zero_grad()
+    return stepped
+
+
+def test_the_documented_way_past_empty_plans():
+    torch.manual_seed(0)
+    stack = LayerDropStack([Block(), Block()], 0.6, seed=0)
+    empty = sum(not stack.plan(n).layers for n in range(40))
+    assert documented_steps(stack, torch.optim.AdamW(stack.parameters()), 40) == 40 - empty < 40
+    assert stack.counters.forwards == 40
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        LayerDropStack([Block()], 1.0)(X).sum().backward()
 
 
 def test_grad_scaler():

@@ -135,6 +135,20 @@ def test_extreme_rates_are_certain():
             assert plan.kept_counts == [5, 0]
 
 
+def test_a_plan_cannot_be_changed_through_its_tensors():
+    plan = draw_plan([0.0] * 3, seed=1, step=1)
+    plan.keep.zero_()
+    assert plan.layers == [0, 1, 2]
+    assert draw_plan(torch.zeros(3, requires_grad=True), seed=1, step=1).layers == [0, 1, 2]
+
+
+def test_no_layers():
+    for sampling in ("bernoulli", "systematic"):
+        plan = draw_plan([], 4, seed=1, step=1, sampling=sampling)
+        assert plan.layers == []
+        assert plan.keep.shape == (0, 4)
+
+
 def test_to_moves_and_keeps():
     plan = draw_plan([0.5] * 4, 3, seed=1, step=1)
     moved = plan.to("meta")
@@ -154,8 +168,9 @@ BAD = [
     (dict(step=2**64), ValueError, r"step is 18446744073709551616, expected"),
     (dict(stream=0.5), TypeError, r"stream must be an integer, got 0.5 of type float"),
     (dict(sampling="poisson"), ValueError, r"sampling is 'poisson', expected one of \('bernoulli', 'systematic'\)"),
-    (dict(batch_size=0), ValueError, r"batch_size is 0, expected at least 1"),
+    (dict(batch_size=0), ValueError, r"batch_size is 0, expected 1 to 2\*\*31 - 1, or None"),
     (dict(batch_size=2.0), TypeError, r"batch_size must be an integer, got 2.0 of type float"),
+    (dict(batch_size=2**31), ValueError, r"batch_size is 2147483648, expected 1 to 2\*\*31 - 1"),
     (dict(min_kept=3), ValueError, r"min_kept is 3, expected 0 to 2"),
     (dict(min_kept=-1), ValueError, r"min_kept is -1, expected 0 to 2"),
     (dict(min_kept=5, batch_size=4), ValueError, r"min_kept is 5, expected 0 to 4"),

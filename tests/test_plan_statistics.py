@@ -95,7 +95,7 @@ def test_a_samples_depth_is_binomial(draws):
     """With systematic sampling over samples, the number of layers that a sample passes is binomial: layers draw their
     permutations apart. Mean and variance of the squared deviation, error rate as above."""
     layers, rho, batch_size = 12, 0.75, 4
-    kept = keeps(draws // 4, [1 - rho] * layers, batch_size, "systematic")
+    kept = keeps(draws, [1 - rho] * layers, batch_size, "systematic")
     depth = kept.sum(axis=1)  # [N, B]
     variance = layers * rho * (1 - rho)
     fourth = variance * (1 + 3 * (layers - 2) * rho * (1 - rho))  # fourth central moment of a binomial
@@ -163,6 +163,6 @@ def test_systematic_marginals_are_exact(monkeypatch):
 def test_min_kept_raises_the_expected_number_by_what_the_docs_say(draws):
     """E[kept] grows by E[max(0, m - K)]; for m = 1 by the probability that everything is dropped."""
     rates = np.array([0.6, 0.7, 0.8])
-    kept = [len(draw_plan(rates, seed=4, step=step, min_kept=1).layers) for step in range(draws // 4)]
+    kept = [len(draw_plan(rates, seed=4, step=step, min_kept=1).layers) for step in range(draws)]
     assert min(kept) == 1
     assert_mean(np.array(kept)[:, None], (1 - rates).sum() + rates.prod(), (rates * (1 - rates)).sum())

@@ -106,6 +106,12 @@ def test_schedules_are_values():
         (lambda: DropSchedule(2, uniform(0.1))(-1), ValueError, r"step must be at least 0, got -1"),
         (lambda: DropSchedule.of(DropSchedule(2, uniform(0.1)), 3), ValueError, r"is for 2 layers, expected 3"),
         (lambda: DropSchedule.of(None, 3), TypeError, r"drop rate must be a number, got None"),
+        (
+            lambda: DropSchedule.of([[0.1, 0.2]], 1),
+            TypeError,
+            r"layer 0 must be a number, got \[0.1, 0.2\] of type list",
+        ),
+        (lambda: uniform(np.zeros(2)), TypeError, r"p must be a single number, got array\(\[0., 0.\]\)"),
         (lambda: decreasing(0), ValueError, r"total must be at least 1, got 0"),
         (lambda: warmup(0), ValueError, r"steps must be at least 1, got 0"),
         (lambda: progressive(1.5), ValueError, r"theta must lie in \[0, 1\], got 1.5"),

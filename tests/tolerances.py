@@ -7,8 +7,8 @@ from torch import Tensor
 FLOOR = {
     torch.float64: 1e-13,  # the yardstick is float64 itself: sums of a few thousand terms in another order
     torch.float32: 2**-22,  # two roundings of 2^-24 on either side of the yardstick
-    torch.bfloat16: 2**-8,  # one unit in the last place: half of it may be rounded either way
-    torch.float16: 2**-11,  # one unit in the last place, as for bfloat16
+    torch.bfloat16: 2**-8,  # half a unit in the last place of numbers from 1 to 2
+    torch.float16: 2**-11,  # as for bfloat16
 }
 
 

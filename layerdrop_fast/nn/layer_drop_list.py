@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerdrop_fast._checks import check_rate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LayerDropModuleList(nn.ModuleList):
@@ -59,7 +62,7 @@ class LayerDropModuleList(nn.ModuleList):
         self._p = check_rate(value, "drop rate p")
 
     def __iter__(self) -> Iterator[nn.Module]:
-        uniform = torch.empty(len(self)).uniform_().tolist()
+        uniform = torch.empty(len(self), device="cpu").uniform_().tolist()
         # In float32, as torch compares a float32 tensor with a Python number.
         p = float(np.float32(self.p))
         for layer, u in zip(every_layer(self), uniform, strict=True):
@@ -83,8 +86,12 @@ class LayerDropModuleList(nn.ModuleList):
     def __add__(self, other: Iterable[nn.Module]) -> LayerDropModuleList:
         return type(self)(self.p, chain(every_layer(self), every_layer(other)))
 
+    def extend(self, modules: Iterable[nn.Module]) -> Self:
+        return super().extend(every_layer(modules))
+
     def __repr__(self) -> str:
-        return repr(nn.ModuleList(every_layer(self))).replace("ModuleList(", f"{type(self).__name__}(p={self.p}, ", 1)
+        _, layers, tail = repr(nn.ModuleList(every_layer(self))).partition("\n")
+        return f"{type(self).__name__}(p={self.p}{',' if layers else ')'}{layers}{tail}"
 
 
 def every_layer(modules: Iterable[nn.Module]) -> list[nn.Module]:

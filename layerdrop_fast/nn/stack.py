@@ -27,8 +27,8 @@ class StackStats:
     layers_run: int
     layers_skipped: int
     realized_rates: FloatArray  # [L], the share of forwards in which each layer was dropped
-    # Forward and backward matrix products of the skipped layers' weights, 6 * weights * tokens; attention's products
-    # of activations with activations are not counted.
+    # Forward and backward products with the matrices among the skipped layers' parameters, 6 * elements * tokens, for
+    # x of shape [..., D] and matrices that meet each token once; products of activations with each other not counted.
     flops_skipped: float
 
 
@@ -60,6 +60,14 @@ class LayerDropStack(nn.Module):
 
     Raises:
         ValueError: a value that is not among those above. TypeError: a value of another kind.
+
+    With ``torch.compile``, compile the layers (``for layer in stack.layers: layer.compile()``), not the stack, whose
+    decisions would be compiled anew for each plan. With DistributedDataParallel
+    or FSDP give all ranks the same ``seed``: at batch granularity they must keep the same layers. A second backward
+    through one graph (``retain_graph``) with a checkpoint round the stack works until the next training forward.
+
+    Weights saved without counters load, and leave the counters as they are; ``set_step(model, 0)`` starts a loaded
+    model's schedule anew.
 
     Randomness: training forward n uses exactly ``draw_plan(schedule(step), None, seed=seed, step=n // accumulation,
     stream=n % accumulation, sampling=sampling)``. Nothing else is read, so (seed, n), which the state dict holds under
@@ -96,16 +104,27 @@ class LayerDropStack(nn.Module):
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check()
         if not self.training:
             return self._run(x, range(len(self.layers)), self._scales(self.counters.step), args, kwargs)
         repeated = self.counters.recomputing
-        number = self.counters.number()
-        plan = self.plan(number)
+        plan = self.counters.plan_to_repeat() if repeated else self.plan()
         layers = plan.layers
         out = self._run(x, layers, self._scales(plan.step), args, kwargs)
         if not repeated:
+            self.counters.advance(plan, x, out)
             self._count(layers, x)
-        return self.counters.watch(number, out)
+        return out
+
+    def _check(self) -> None:
+        if len(self.layers) != self.schedule.num_layers:
+            raise ValueError(
+                f"the stack has {len(self.layers)} layers and a schedule for {self.schedule.num_layers}: set .schedule "
+                "and call reset_stats() when you change .layers, or cut with prune.extract"
+            )
+        # torch sets it on the copies that nn.DataParallel makes; what they count is lost with them.
+        if self.training and getattr(self, "_is_replica", False):
+            raise RuntimeError("nn.DataParallel would draw the same plan for ever: use DistributedDataParallel")
 
     def _run(
         self,
@@ -121,8 +140,8 @@ class LayerDropStack(nn.Module):
             y = y[0] if isinstance(y, tuple) else y
             # Not lerp: under autocast the two may differ in dtype.
             out = y if scales is None else torch.add(out, y - out, alpha=scales[layer])
-        # Never the caller's own tensor, so that what happens to the result does not happen to the input.
-        return out.view_as(x) if out is x else out
+        # Never the caller's own tensor: what is done to the result in place is not done to the input.
+        return out.clone() if out is x else out
 
     def _scales(self, step: int) -> list[float] | None:
         """The residual scale of every layer, or None where all are 1."""
@@ -150,7 +169,7 @@ class LayerDropStack(nn.Module):
 
     def stats(self) -> StackStats:
         """What was dropped so far; recomputes are not counted. Not part of the state dict."""
-        weights = [sum(w.numel() for w in layer.parameters() if w.dim() > 1) for layer in self.layers]
+        weights = [sum(w.numel() for w in layer.parameters() if w.dim() == 2) for layer in self.layers]
         run, all_runs = int(self._runs.sum()), self._forwards * len(self.layers)
         return StackStats(
             forwards=self._forwards,

@@ -6,8 +6,10 @@ from layerdrop_fast.ops.gather_norm import gather_norm
 from layerdrop_fast.ops.norm_linear import norm_linear
 from layerdrop_fast.ops.scatter_residual import scatter_residual
 from layerdrop_fast.ops.scatter_residual_gather_norm import scatter_residual_gather_norm
+from layerdrop_fast.reference.philox import FIRST_DROPOUT_SITE
 
 __all__ = [
+    "FIRST_DROPOUT_SITE",
     "act_linear",
     "draw_plan",
     "gather_norm",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerdrop_fast.reference.act_linear import ACTIVATIONS
+from layerdrop_fast.reference.philox import FIRST_DROPOUT_SITE, NUM_SITES
 from layerdrop_fast.reference.rows import accumulator
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,9 +53,14 @@ def check_rows(name: str, rows: Tensor | None, like: Tensor, batch: int | None) 
     check_device(name, rows, like)
     if rows.dim() != 1:
         raise ValueError(f"{name}: got {list(rows.shape)}, expected [K]")
-    if rows.device.type == "cpu" and type(rows) is Tensor and not torch.compiler.is_compiling():
+    if readable(rows):
         _check_row_values(name, rows.tolist(), batch)
     return rows.shape[0]
+
+
+def readable(value: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return value.device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling()
 
 
 def _check_row_values(name: str, values: list[int], batch: int | None) -> None:
@@ -81,6 +87,10 @@ def check_dropout(dropout_p: float, key: Tensor | None, site: Tensor | None, lik
         assert value is not None
         check_device(name, value, like)
         check_shape(name, value, shape)
+    if site is not None and readable(site) and not FIRST_DROPOUT_SITE <= int(site) < NUM_SITES:
+        raise ValueError(
+            f"site: got {int(site)}, expected one in [{FIRST_DROPOUT_SITE}, 2^24): the plan has the others"
+        )
 
 
 def check_scale(scale: float | Tensor, like: Tensor) -> Tensor | None:
@@ -90,6 +100,8 @@ def check_scale(scale: float | Tensor, like: Tensor) -> Tensor | None:
         check_tensor("scale", scale, torch.float32, torch.float64)
         check_device("scale", scale, like)
         check_shape("scale", scale, [])
+        if scale.requires_grad:
+            raise ValueError("scale: got a tensor that requires a gradient, expected one that does not: it gets none")
         return scale.to(dtype)
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number")

@@ -41,7 +41,7 @@ def act_linear(
         rows: which samples the rows of u are; they number the mask's elements. None: all samples in order.
         dropout_p: probability of zeroing an element of act(u), in [0, 1]; the others are multiplied by 1 / (1 - p).
         key: int32 [4], from ``step_key``; not needed where dropout_p is 0.
-        site: int32 [], the number in [0, 2^24) of this dropout among those of a step; not needed where dropout_p is 0.
+        site: int32 [], in [FIRST_DROPOUT_SITE, 2^24), numbers the dropouts of a step; not needed where dropout_p is 0.
 
     Returns:
         The output, in autocast's dtype where autocast is on, else in the weight's; gradients have the dtype of what

@@ -70,14 +70,14 @@ def draw_plan(
     _checks.check_device("rates", rates, counters)
     if rates.dim() != 1:
         raise ValueError(f"rates: got {list(rates.shape)}, expected [L]")
-    if rates.device.type == "cpu" and type(rates) is Tensor and not torch.compiler.is_compiling():
+    if _checks.readable(rates):
         for layer, rate in enumerate(rates.tolist()):
             if not 0 <= rate <= 1:
                 raise ValueError(f"rates: got {rate} for layer {layer}, expected a number in [0, 1]")
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling: got {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1, or None for batch granularity")
+    if batch_size is not None and not 1 <= batch_size < 1 << 31:
+        raise ValueError(f"batch_size: got {batch_size}, expected 1 to 2**31 - 1, or None for batch granularity")
     units = rates.shape[0] if batch_size is None else batch_size
     if not 0 <= min_kept <= units:
         raise ValueError(f"min_kept: got {min_kept}, expected 0 to {units}")

@@ -38,7 +38,7 @@ def scatter_residual(
             Python float makes one compiled graph for each of its values.
         dropout_p: probability of zeroing an element of y, in [0, 1]; the others are multiplied by 1 / (1 - p).
         key: int32 [4], from ``step_key``; not needed where dropout_p is 0.
-        site: int32 [], the number in [0, 2^24) of this dropout among those of a step; not needed where dropout_p is 0.
+        site: int32 [], in [FIRST_DROPOUT_SITE, 2^24), numbers the dropouts of a step; not needed where dropout_p is 0.
 
     Returns:
         x'.

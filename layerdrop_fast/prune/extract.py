@@ -38,6 +38,7 @@ def extract(model: Model, keep: Sequence[int] | Mapping[str, Sequence[int]]) -> 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3.
     """
     by_name = keep if isinstance(keep, Mapping) else {_only_list(model): keep}
+    by_name = {_stack_of(model, name): indices for name, indices in by_name.items()}
     wanted = {name: _checked(name, indices, _layers_of(model, name)) for name, indices in by_name.items()}
 
     layers = [layer for name in wanted for layer in every_layer(_layers_of(model, name))]
@@ -46,6 +47,10 @@ def extract(model: Model, keep: Sequence[int] | Mapping[str, Sequence[int]]) -> 
     smaller = copy.deepcopy(model, {id(layer): layer for layer in layers if id(layer) not in kept})
     for name, indices in wanted.items():
         _cut(smaller.get_submodule(name), indices)
+    uncopied = {id(layer) for layer in layers} - kept
+    for name, module in smaller.named_modules():
+        if id(module) in uncopied:
+            raise ValueError(f"the layer {name!r} is used outside the lists that were cut, expected it to go with them")
     return smaller
 
 
@@ -57,6 +62,13 @@ def _only_list(model: nn.Module) -> str:
             "name the lists to cut: {name: keep}"
         )
     return str(names[0])
+
+
+def _stack_of(model: nn.Module, name: str) -> str:
+    """The name of the stack where ``name`` is that of a LayerDropStack's inner list, else ``name``."""
+    owner = name.removesuffix("layers").removesuffix(".")
+    known = dict(model.named_modules())
+    return owner if name.endswith("layers") and isinstance(known.get(owner), LayerDropStack) else name
 
 
 def _layers_of(model: nn.Module, name: str) -> nn.ModuleList:

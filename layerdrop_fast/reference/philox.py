@@ -20,7 +20,6 @@ SITE_PERMUTATION = 1  # sort keys of systematic sampling, element l * B + b
 SITE_START = 2  # starts of systematic sampling, element l (batch granularity: element 0)
 FIRST_DROPOUT_SITE = 256
 NUM_SITES = 1 << 24
-MAX_ELEMENTS = 1 << 42
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -23,7 +23,7 @@ def draw_keep(
 ) -> npt.NDArray[np.bool_] | None:  # [L, B], or None when a rate lies outside [0, 1]
     if not ((rates >= 0.0) & (rates <= 1.0)).all():
         return None
-    counters = torch.tensor([_signed(seed), _signed(step), _signed(stream)])
+    counters = torch.tensor([_signed(seed), _signed(step), _signed(stream)], device="cpu")
     # A copy, since torch warns about read-only arrays.
     keep = draw_plan(counters, torch.from_numpy(rates.copy()), batch_size, systematic, min_kept)[0]
     return keep.numpy()

@@ -77,7 +77,7 @@ def test_what_sees_every_layer_and_draws_nothing():
     assert list(ours.children()) == modules
     assert [ours[index] for index in range(-1, 5)] == [modules[-1], *modules[:5]]
     assert list(ours.state_dict()) == [f"{index}.weight" for index in range(6)]
-    assert repr(ours) == "LayerDropModuleList(p=1.0, \n  (0-5): 6 x AddIndex()\n)"
+    assert repr(ours) == "LayerDropModuleList(p=1.0,\n  (0-5): 6 x AddIndex()\n)"
     assert modules[3] in ours
     assert nn.Identity() not in ours
     assert torch.equal(torch.get_rng_state(), state)
@@ -94,6 +94,14 @@ def test_slices_and_sums_keep_the_class_the_rate_and_every_layer():
         assert type(part) is LayerDropModuleList
         assert part.p == 1.0
         assert [part[index] for index in range(len(part))] == expected
+
+
+def test_lists_that_drop_are_joined_whole():
+    ours = LayerDropModuleList(1.0, layers(2))
+    ours.extend(LayerDropModuleList(1.0, layers(3)))
+    ours += LayerDropModuleList(1.0, layers(1))
+    assert len(ours) == 6
+    assert repr(LayerDropModuleList(0.5)) == "LayerDropModuleList(p=0.5)"
 
 
 def test_the_list_can_be_edited():

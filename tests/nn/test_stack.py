@@ -122,7 +122,9 @@ def test_everything_dropped_is_a_differentiable_identity():
     model = stack(schedule=1.0)
     x = X.clone().requires_grad_()
     out = model(x)
-    assert out is not x
+    assert torch.equal(out, x)
+    with torch.no_grad():
+        model(x).mul_(100.0)  # what is done to the result is not done to the input
     assert torch.equal(out, x)
     out.backward(torch.full_like(out, 3.0))
     assert torch.equal(x.grad, torch.full_like(x, 3.0))
@@ -184,7 +186,7 @@ def test_state_dict_of_a_large_seed():
     other.load_state_dict(model.state_dict())
     assert (other.counters.seed, other.counters.forwards) == (2**64 - 1, 1)
     bad = model.state_dict() | {"counters._extra_state": torch.tensor([2, 0, 0])}
-    with pytest.raises(ValueError, match=r"tensor\(\[2, 0, 0\]\), expected int64 \[1, seed, forwards\]"):
+    with pytest.raises(ValueError, match=r"tensor\(\[2, 0, 0\]\), expected int64 \[1, seed, forwards >= 0\]"):
         other.load_state_dict(bad)
     assert (other.counters.seed, other.counters.forwards) == (2**64 - 1, 1)
 
@@ -194,7 +196,7 @@ def test_set_step_reaches_every_stack():
     set_step(model, 5)
     assert [part.counters.step for part in model] == [5, 5]
     assert model[0].plan().layers == draw_plan([0.5] * 6, seed=11, step=5).layers
-    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"step is -1, expected an integer in \[0, 2\*\*64\)"):
         set_step(model, -1)
     with pytest.raises(ValueError, match="Linear holds no LayerDropStack, expected at least one"):
         set_step(nn.Linear(2, 2), 1)
@@ -258,15 +260,76 @@ def test_a_recompute_sees_the_plan_of_its_forward_and_counts_nothing(use_reentra
             assert a is None or torch.equal(a, b)
 
 
+def checkpointed(model, use_reentrant):
+    """A forward in a checkpoint that goes on behind the stack, so that it recomputes before the stack's backward."""
+    return checkpoint(lambda x: model(x) ** 2, X.clone().requires_grad_(), use_reentrant=use_reentrant)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_an_uncertain_recompute_raises(use_reentrant):
+@pytest.mark.parametrize("before_each", [lambda model, n: None, lambda model, n: set_step(model, n)])
+def test_an_uncertain_recompute_raises(use_reentrant, before_each):
     """Two forwards wait for their backward: which one is repeated is not known, so nothing is guessed."""
     model = stack()
-    outs = [
-        checkpoint(lambda x: model(x) ** 2, X.clone().requires_grad_(), use_reentrant=use_reentrant) for _ in range(2)
-    ]
+    outs = []
+    for n in range(2):
+        before_each(model, n)
+        outs.append(checkpointed(model, use_reentrant))
     with pytest.raises(RuntimeError, match="2 of its forwards may be meant, expected 1"):
-        (outs[0] + outs[1]).sum().backward()
+        outs[0].sum().backward()
+
+
+def fails(model):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.zeros(2, 3, 5, dtype=torch.float64))
+
+
+def runs_without_gradients(model):
+    with torch.no_grad():
+        model(X)
+
+
+def skips_its_backward(model):
+    model(X.clone().requires_grad_()).sum()
+
+
+def skips_the_backward_of_a_checkpoint(model):
+    checkpointed(model, use_reentrant=False)
+
+
+def keeps_the_loss(model):
+    loss = model(X).sum()
+    loss.backward()
+    model.kept_loss = loss
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "earlier",
+    [fails, runs_without_gradients, skips_its_backward, skips_the_backward_of_a_checkpoint, keeps_the_loss],
+)
+def test_what_came_before_does_not_confuse_a_recompute(earlier, use_reentrant):
+    model = stack()
+    for _ in range(3):
+        earlier(model)
+        model.zero_grad()
+        kept = model.plan().layers
+        checkpointed(model, use_reentrant).sum().backward()
+        assert [index for index, g in enumerate(gradients(model)) if g is not None] == kept
+
+
+def test_a_skipped_backward_of_a_reentrant_checkpoint_can_be_forgotten():
+    model = stack()
+    checkpointed(model, use_reentrant=True)
+    model.counters.forget()
+    kept = model.plan().layers
+    checkpointed(model, use_reentrant=True).sum().backward()
+    assert [index for index, g in enumerate(gradients(model)) if g is not None] == kept
+
+
+def test_a_failed_forward_counts_nothing():
+    model = stack()
+    fails(model)
+    assert model.counters.forwards == model.stats().forwards == 0
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -294,6 +357,63 @@ def test_autocast():
     out.sum().backward()
     assert out.dtype == torch.float32
     assert {g.dtype for g in gradients(model) if g is not None} == {torch.float32}
+
+
+def test_compiled_layers():
+    """One graph serves all layers and all plans."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    class Plain(Block):
+        def forward(self, x):
+            return x + torch.tanh(self.linear(x))
+
+    eager, compiled = stack(kind=Plain, schedule=0.3), stack(kind=Plain, schedule=0.3)
+    for layer in compiled.layers:
+        layer.compile(backend=backend)
+    for _ in range(12):
+        torch.testing.assert_close(compiled(X), eager(X), rtol=0, atol=0)
+    # Two: of an input that needs a gradient, and of one that does not.
+    assert len(graphs) <= 2
+
+
+def test_a_default_device_does_not_move_the_decisions():
+    with torch.device("meta"):
+        model = LayerDropStack([nn.Linear(2, 2)], 0.5)
+        state = model.state_dict()["counters._extra_state"]
+        assert len(list(LayerDropModuleList(0.0, [nn.Linear(2, 2)]))) == 1
+    assert state.tolist() == [1, model.counters.seed, 0]
+
+
+def test_weights_without_counters_load():
+    model = stack()
+    model(X)
+    weights = {name: tensor for name, tensor in stack().state_dict().items() if "extra_state" not in name}
+    model.load_state_dict(weights)
+    assert (model.counters.seed, model.counters.forwards) == (11, 1)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({name: tensor for name, tensor in weights.items() if "layers.0" not in name})
+
+
+def test_changed_layers_are_noticed():
+    model = stack()
+    model.layers.append(Block())
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="has 7 layers and a schedule for 6"):
+            model.train(mode)(X)
+    assert model.counters.forwards == 0
+    model.schedule = DropSchedule(7, linear(0.5))
+    model.reset_stats()
+    assert model(X).shape == X.shape
+
+
+def test_data_parallel_is_refused():
+    replica = stack()._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        replica(X)
 
 
 @pytest.mark.parametrize(

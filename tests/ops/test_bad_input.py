@@ -57,6 +57,8 @@ DROPOUT = [
     ({"site": None}, TypeError, "site: got NoneType, expected a tensor of torch.int32"),
     ({"site": 7}, TypeError, "site: got int, expected a tensor of torch.int32"),
     ({"site": SITE[None]}, ValueError, "site: got [1], expected []"),
+    ({"site": torch.tensor(255, dtype=torch.int32)}, ValueError, "site: got 255, expected one in [256, 2^24)"),
+    ({"site": torch.tensor(2**24, dtype=torch.int32)}, ValueError, "site: got 16777216, expected one in [256, 2^24)"),
 ]
 BRANCH = [
     ({"y": Y.int()}, TypeError, "y: got torch.int32, expected torch.float64 or"),
@@ -64,6 +66,7 @@ BRANCH = [
     ({"y": tensor(2, 6)}, ValueError, "y: got [2, 6], expected [2, 3, 6]"),
     ({"y": Y, "rows": None}, ValueError, "y: got [2, 3, 6], expected [4, 3, 6]"),
     ({"y": Y.to(META)}, ValueError, "y: got a tensor on meta, expected cpu"),
+    ({"scale": torch.tensor(1.0, requires_grad=True)}, ValueError, "scale: got a tensor that requires a gradient"),
     ({"scale": float("inf")}, ValueError, "scale: got inf, expected a finite number"),
     ({"scale": torch.tensor(1)}, TypeError, "scale: got torch.int64, expected torch.float32 or torch.float64"),
     ({"scale": torch.ones(2)}, ValueError, "scale: got [2], expected []"),

@@ -82,6 +82,24 @@ def test_several_lists_by_name():
     ]
 
 
+def test_a_stack_by_the_name_of_its_inner_list():
+    model = nn.ModuleDict({"encoder": LayerDropStack(blocks(6), [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])})
+    for name in ("encoder", "encoder.layers"):
+        small = extract(model, {name: [4, 5]})["encoder"]
+        assert small.schedule(0).tolist() == [0.5, 0.6]
+        assert small(X).shape == X.shape
+    small = extract(model["encoder"], {"layers": [0]})
+    assert small.schedule(0).tolist() == [0.1]
+
+
+def test_a_layer_used_elsewhere_would_be_shared():
+    model = nn.ModuleDict({"stack": LayerDropStack(blocks(4), 0.2)})
+    model["last"] = model["stack"].layers[3]
+    with pytest.raises(ValueError, match="the layer 'last' is used outside the lists that were cut"):
+        extract(model, [0, 1])
+    assert extract(model, [0, 3])["last"] is not model["last"]
+
+
 def test_a_layer_that_stands_twice():
     shared = Block()
     model = LayerDropStack([shared, Block(), shared], 0.2).eval()
