@@ -147,3 +147,8 @@ def implement(op: str, *, reference: Callable[..., Any], fake: Callable[..., Any
     """
     LIBRARY.impl(op, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=LIBRARY)
+
+
+def op_names() -> list[str]:
+    """The ops of SCHEMAS, in its order."""
+    return re.findall(r"^(\w+)\(", SCHEMAS, flags=re.MULTILINE)

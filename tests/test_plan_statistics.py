@@ -91,6 +91,30 @@ def test_systematic_draws_are_independent_of_each_other(batch_size, draws):
 
 
 @few_and_many
+def test_layers_draw_their_starts_and_permutations_apart(draws):
+    """With one start for all layers their counts would rise and fall together; with one permutation, samples that are
+    rarely kept together in one layer would rarely be in any."""
+    batch_size, rates = 5, np.array([0.05, 0.35, 0.5, 0.5, 0.9])
+    kept = keeps(draws, rates, batch_size, "systematic")
+    layers = np.array(list(combinations(range(len(rates)), 2)))
+    expected = (1 - rates) * batch_size
+    share = expected % 1  # of draws in which a layer keeps one more
+
+    counts = (kept.sum(axis=2) - expected) / np.sqrt(share * (1 - share))
+    assert_mean(counts[:, layers[:, 0]] * counts[:, layers[:, 1]], 0, 1)
+
+    pairs_of = [
+        (1 - s) * math.comb(int(e), 2) + s * math.comb(int(e) + 1, 2) for e, s in zip(expected, share, strict=True)
+    ]
+    inclusion = np.array(pairs_of) / math.comb(batch_size, 2)
+    for a, b in ((0, 1), (1, 2), (0, 4)):
+        together = (kept[:, :, a] & kept[:, :, b]) - inclusion
+        varied = layers[inclusion[layers].min(axis=1) > 0]
+        variance = (inclusion * (1 - inclusion))[varied].prod(axis=1)
+        assert_mean(together[:, varied[:, 0]] * together[:, varied[:, 1]], 0, variance)
+
+
+@few_and_many
 def test_a_samples_depth_is_binomial(draws):
     """With systematic sampling over samples, the number of layers that a sample passes is binomial: layers draw their
     permutations apart. Mean and variance of the squared deviation, error rate as above."""
