@@ -1,0 +1,80 @@
+"""Checkpoints: one safetensors file each, with everything that a run needs to go on.
+
+The header's metadata hold ``record`` (JSON) and ``sha256``, the digest of the record and of every tensor, so that any
+changed bit is noticed before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerdrop_fast.recipes.files import RecipeError, read_bytes, write_atomically
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Writes tensors and a JSON record as one file, in one move.
+
+    Raises:
+        RecipeError: the file cannot be written; an earlier one is as it was.
+    """
+    from safetensors.torch import save
+
+    on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(record)
+    write_atomically(path, save(on_host, {"record": text, "sha256": _digest(on_host, text)}))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of a checkpoint.
+
+    Raises:
+        RecipeError: the file cannot be read, is damaged, or is no checkpoint; it is left where it is.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    content = read_bytes(path)
+    try:
+        # Copies, since the tensors of a file lie at any alignment.
+        tensors = {name: tensor.clone() for name, tensor in load(content).items()}
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        text, digest = header["__metadata__"]["record"], header["__metadata__"]["sha256"]
+        record: dict[str, Any] = json.loads(text)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
+        raise _damaged(path) from None
+    if digest != _digest(tensors, text):
+        raise _damaged(path)
+    return tensors, record
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    sha256 = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
+def _damaged(path: Path) -> RecipeError:
+    return RecipeError(
+        f"{path} is damaged, or no checkpoint of this program: move it away to do that part again, "
+        "or give --restart to begin anew"
+    )
+
+
+def check_same_settings(where: Path, stored: Any, wanted: dict[str, Any]) -> None:
+    """Raises a RecipeError that names both sides where a saved run was made with other settings."""
+    stored = stored if isinstance(stored, dict) else {}
+    for name, value in json.loads(json.dumps(wanted)).items():
+        if name not in stored or stored[name] != value:
+            raise RecipeError(
+                f"{where} was made with {name} = {stored.get(name)}, this call has {name} = {value}: "
+                "repeat the earlier call, choose another folder with --out, or give --restart to begin anew"
+            )

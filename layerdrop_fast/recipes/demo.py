@@ -1,0 +1,288 @@
+"""The demo: train with and without LayerDrop at the same work, cut both to every depth, print and plot what is left.
+
+Figure 2 of "Reducing Transformer Depth on Demand with Structured Dropout" (Fan, Grave, Joulin 2019) at small scale.
+What is done is kept in the output folder after each stage, so that a stopped or killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from layerdrop_fast.models import TransformerLM
+from layerdrop_fast.recipes import report
+from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
+from layerdrop_fast.recipes.evaluation import depth_curve
+from layerdrop_fast.recipes.files import RecipeError, locked, read_bytes, write_atomically
+from layerdrop_fast.recipes.price import PriceRow, format_price, measure_price
+from layerdrop_fast.recipes.progress import StopSignal, stage
+from layerdrop_fast.recipes.text import Corpus, bigram_bits_per_byte, from_file, standard_library, validation_windows
+from layerdrop_fast.recipes.training import DENSE, ModelSize, Progress, Recipe, Stopped, Training, train
+from layerdrop_fast.schedule import linear
+
+# The best of the trials in docs/demo-recipe.md.
+LAYERDROP = Recipe(linear(0.6), scale="inverse")
+RECIPES = {"dense": DENSE, "layerdrop": LAYERDROP}
+
+DENSE_STEPS = 1200
+
+# The step whose price is measured: the depth of the paper's largest language model, the rate that it recommends for
+# small models.
+PRICE: dict[str, Any] = {"layers": 40, "d_model": 256, "dim_feedforward": 1024, "batch": (16, 128), "p": 0.5}
+EVALUATION_WINDOWS = 512
+MAX_THREADS = 8  # matrices this small gain nothing from more
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    layers: int = 16
+    text: Path | None = None
+    out: Path = Path("out/demo")
+    steps: int = DENSE_STEPS
+    seed: int = 0
+    device: str | None = None
+    restart: bool = False
+    price: bool = True
+
+
+class _Demo:
+    """One run of the demo: its options, its text, and ``metrics``, which is what metrics.json holds."""
+
+    def __init__(self, options: Options, stop: StopSignal) -> None:
+        self.options, self.stop, self.out = options, stop, options.out
+        self.device = device_of(options.device)
+        self.corpus: Corpus = from_file(options.text) if options.text else standard_library()
+        length = ModelSize().context + 1
+        self.scored = validation_windows(self.corpus.validation, count=EVALUATION_WINDOWS, length=length)
+        self.metrics = self._earlier_metrics()
+
+    def training(self, name: str) -> Training:
+        size, recipe = ModelSize(num_layers=self.options.layers), RECIPES[name]
+        steps = recipe.steps_of_equal_work(size.num_layers, self.options.steps)
+        return Training(size, recipe, steps, seed=self.options.seed)
+
+    def _environment(self) -> dict[str, Any]:
+        """What the results depend on besides the settings of the trainings."""
+        from layerdrop_fast import __version__
+
+        return {
+            "text": self.corpus.name,
+            "text_sha256": self.corpus.sha256,
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "layerdrop_fast": __version__,
+        }
+
+    def _earlier_metrics(self) -> dict[str, Any]:
+        path = self.out / "metrics.json"
+        settings: dict[str, Any] = {name: self.training(name).settings() for name in RECIPES}
+        settings = {"layers": self.options.layers, "steps": self.options.steps, "seed": self.options.seed} | settings
+        settings |= self._environment()
+        if path.exists():
+            try:
+                metrics: dict[str, Any] = json.loads(read_bytes(path))
+                stored, threads = metrics["settings"], int(metrics["threads"])
+            except (ValueError, KeyError, TypeError):
+                raise RecipeError(
+                    f"{path} is damaged: move it away to measure again from the checkpoints, or give --restart"
+                ) from None
+            check_same_settings(path, stored, settings)
+        else:
+            threads = min(torch.get_num_threads(), MAX_THREADS)
+            metrics = {"settings": settings, "threads": threads, "machine": machine(self.device)}
+            metrics["seconds"] = {}
+        # Sums are split by the number of threads, so a resumed run needs that of its beginning.
+        torch.set_num_threads(threads)
+        return metrics
+
+    def save_metrics(self) -> None:
+        write_atomically(self.out / "metrics.json", (json.dumps(self.metrics, indent=1) + "\n").encode())
+
+    def begin(self) -> None:
+        if "text" not in self.metrics:
+            self.metrics["text"] = {
+                "name": self.corpus.name,
+                "train_bytes": len(self.corpus.train),
+                "validation_bytes": len(self.corpus.validation),
+                "scored_bytes": self.scored.shape[0] * (self.scored.shape[1] - 1),
+                "bigram_bits_per_byte": bigram_bits_per_byte(self.corpus.train, self.scored),
+            }
+            self.metrics["models"] = {}
+            self.save_metrics()
+
+    def train_and_cut(self, name: str) -> None:
+        """Trains one model, or takes up its training, then measures it at every depth."""
+        model, entry = self._trained(name)
+        if name in self.metrics["models"]:
+            return
+        begun = time.monotonic()
+        with stage(f"cut {report.TITLES[name]}", self.options.layers) as show:
+            curve = depth_curve(
+                model,
+                self.scored,
+                on_depth=lambda depth, bits: show(
+                    self.options.layers + 1 - depth, f"depth {depth}: {bits:.3f} bits/byte"
+                ),
+                should_stop=self.stop,
+            )
+        self.metrics["seconds"] |= {f"train {name}": entry.pop("seconds"), f"cut {name}": time.monotonic() - begun}
+        entry["bits_per_byte"] = {str(depth): bits for depth, bits in curve.items()}
+        self.metrics["models"][name] = entry
+        self.save_metrics()
+
+    def _trained(self, name: str) -> tuple[TransformerLM, dict[str, Any]]:
+        """The trained model and its record, from its file where it is finished."""
+        training, path = self.training(name), self.out / f"{name}.safetensors"
+        unfinished = self.out / f"{name}.training.safetensors"
+        environment = self._environment() | {"threads": self.metrics["threads"]}
+        if path.exists():
+            tensors, record = load_checkpoint(path)
+            check_same_settings(path, record.get("settings"), training.settings() | environment)
+            model = training.model().to(self.device)
+            model.load_state_dict(tensors)
+            _remove(unfinished)
+            return model, record["result"]
+        with stage(f"train {report.TITLES[name]}", training.steps) as show:
+            trained = train(
+                training,
+                self.corpus.train,
+                device=self.device,
+                checkpoint=unfinished,
+                environment=environment,
+                on_step=lambda progress: show(progress.step, _note(progress)),
+                should_stop=self.stop,
+            )
+        result = {
+            "schedule": str(trained.model.stack.schedule),
+            "scale": training.recipe.scale,
+            "sampling": training.recipe.sampling,
+            "steps": training.steps,
+            "layers_run": trained.layers_run,
+            "share_of_layers_run": trained.layers_run / (training.steps * training.size.num_layers),
+            "training_curve": trained.curve,
+            "seconds": trained.seconds,
+        }
+        record = {"settings": training.settings() | environment, "result": result}
+        save_checkpoint(path, trained.model.state_dict(), record)
+        _remove(unfinished)
+        return trained.model, result
+
+    def measure_price(self) -> None:
+        if not self.options.price or "price" in self.metrics:
+            return
+
+        def tell(done: int, total: int, what: str) -> None:
+            if self.stop():
+                raise Stopped
+            show(done, what)
+
+        begun = time.monotonic()
+        with stage("price of a step", 22) as show:
+            rows = measure_price(**PRICE, device=self.device, seed=self.options.seed, progress=tell)
+        self.metrics["price"] = [asdict(row) for row in rows]
+        self.metrics["seconds"]["price"] = time.monotonic() - begun
+        self.save_metrics()
+
+    def price_table(self) -> str | None:
+        rows = self.metrics.get("price")
+        if rows is None:
+            return None
+        batch, positions = PRICE["batch"]
+        title = (
+            f"One training step of a {PRICE['layers']}-layer model, d {PRICE['d_model']}, FFN "
+            f"{PRICE['dim_feedforward']}, {batch} x {positions} tokens, p = {PRICE['p']}"
+        )
+        return f"{title}\n{format_price([PriceRow(**row) for row in rows])}"
+
+
+def _note(progress: Progress) -> str:
+    return (
+        f"loss {progress.bits_per_byte:.2f}  {progress.bytes_per_second / 1000:.1f}k tokens/s  "
+        f"{progress.kept:2d}/{progress.num_layers} layers"
+    )
+
+
+def machine(device: torch.device) -> str:
+    """What a result was measured on, in words."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    name = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].strip() if names else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device to run on: the one that is asked for, or a GPU where there is one."""
+    gpu = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda"):
+        raise RecipeError(f"--device is {name!r}, expected cpu or cuda")
+    if name == "cuda" and not gpu:
+        raise RecipeError("--device is cuda, but torch finds no GPU here: leave it out, or see layerdrop-fast info")
+    return torch.device(name or ("cuda" if gpu else "cpu"))
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecipeError(f"cannot remove {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Leaves torch's number of threads and its choice of algorithms as they were."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def run_demo(options: Options) -> None:
+    """Runs the demo, or takes it up where it was stopped, and prints what it found.
+
+    Raises:
+        RecipeError: something the user can mend; nothing that was saved is lost.
+        Stopped: Ctrl-C; what was done is saved.
+    """
+    missing = [name for name in ("matplotlib", "rich", "safetensors") if find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"the demo needs {', '.join(missing)}: pip install 'layerdrop_fast[demo]'")
+    with StopSignal() as stop, locked(options.out):
+        if options.restart:
+            for name in ("metrics.json", *(f"{m}{kind}.safetensors" for m in RECIPES for kind in ("", ".training"))):
+                _remove(options.out / name)
+        with _reproducible(device_of(options.device)):
+            demo = _Demo(options, stop)
+            demo.begin()
+            print(report.introduction(demo.metrics), flush=True)
+            for name in RECIPES:
+                demo.train_and_cut(name)
+            demo.measure_price()
+            price = demo.price_table()
+        for name, content in report.files(demo.metrics, price).items():
+            write_atomically(options.out / name, content)
+        print(report.summary(demo.metrics, price))
+        print(f"\nReport: {options.out / 'report.html'}", flush=True)

@@ -1,0 +1,87 @@
+"""Shows how far a run is: a live bar in a terminal, a line now and then elsewhere. Stops it on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeAlias
+
+SECONDS_BETWEEN_LINES = 10.0
+
+# Called with how much of the stage is done and a note about it.
+Update: TypeAlias = Callable[[int, str], None]
+
+
+@contextmanager
+def stage(title: str, total: int) -> Iterator[Update]:
+    """Shows one stage of a run while the block goes through it."""
+    with _bar(title, total) if sys.stdout.isatty() else _lines(title, total) as update:
+        yield update
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Update]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    # All that fits in 80 columns.
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(f"{title:<15}", total=total, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+@contextmanager
+def _lines(title: str, total: int) -> Iterator[Update]:
+    begun = last = time.monotonic()
+
+    def update(done: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done >= total or now - last > SECONDS_BETWEEN_LINES:
+            last = now
+            print(f"{title}: {done}/{total}  {note}  {now - begun:.0f} s", flush=True)
+
+    yield update
+
+
+class StopSignal:
+    """Turns the first Ctrl-C (or SIGTERM) into a request that the run asks for; a second one stops at once.
+
+    with StopSignal() as stopped:
+        while not stopped():
+            work()
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> StopSignal:
+        # Python lets only the main thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True

@@ -1,0 +1,178 @@
+"""Training: learns, spends what it says, and resumes to the same bits."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from layerdrop_fast.recipes import training as module
+from layerdrop_fast.recipes.evaluation import bits_per_byte, depth_curve
+from layerdrop_fast.recipes.files import RecipeError
+from layerdrop_fast.recipes.text import validation_windows
+from layerdrop_fast.recipes.training import DENSE, ModelSize, Recipe, Stopped, Training, train
+from layerdrop_fast.schedule import linear, uniform
+
+SIZE = ModelSize(num_layers=4, d_model=16, nhead=2, dim_feedforward=32, context=16)
+DROPPING = Recipe(linear(0.6), scale="inverse")
+TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, dtype=np.uint8)
+
+
+def short(recipe=DROPPING, steps=12, **changes):
+    return Training(SIZE, recipe, steps, batch=4, **changes)
+
+
+def bits_of(trained):
+    return {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.layers_run == second.layers_run
+    assert first.curve == second.curve
+    one, other = bits_of(first), bits_of(second)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class StopAfter:
+    """Says stop when asked for the n-th time."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.fixture
+def every_step_saved(monkeypatch):
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)
+
+
+@pytest.mark.parametrize("recipe", [DENSE, DROPPING, Recipe(uniform(0.4), fade=True, sampling="systematic")])
+def test_a_run_stopped_thrice_ends_with_the_same_bits(tmp_path, recipe):
+    unbroken = train(short(recipe), TEXT)
+    path = tmp_path / "x.safetensors"
+    for steps in (1, 4, 3):
+        with pytest.raises(Stopped):
+            train(short(recipe), TEXT, checkpoint=path, should_stop=StopAfter(steps))
+        torch.manual_seed(77)  # another process would stand elsewhere
+    assert_same(train(short(recipe), TEXT, checkpoint=path), unbroken)
+    assert_same(train(short(recipe), TEXT, checkpoint=path), unbroken)  # from the finished checkpoint
+
+
+def test_a_run_killed_in_a_step_goes_on_from_the_last_whole_one(tmp_path, monkeypatch, every_step_saved):
+    unbroken = train(short(), TEXT)
+    path = tmp_path / "x.safetensors"
+
+    def killed(model, *_):
+        raise SystemError("killed")
+
+    def stop(progress):
+        if progress.step == 7:
+            monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
+
+    with pytest.raises(SystemError):
+        train(short(), TEXT, checkpoint=path, on_step=stop)
+    monkeypatch.undo()
+    assert_same(train(short(), TEXT, checkpoint=path), unbroken)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path):
+    path = tmp_path / "x.safetensors"
+    train(short(), TEXT, checkpoint=path, environment={"text": "fox"})
+    before = path.read_bytes()
+    with pytest.raises(RecipeError, match=r"steps = 12, this call has steps = 13"):
+        train(short(steps=13), TEXT, checkpoint=path, environment={"text": "fox"})
+    with pytest.raises(RecipeError, match="text = fox, this call has text = dog"):
+        train(short(), TEXT, checkpoint=path, environment={"text": "dog"})
+    with pytest.raises(RecipeError, match="depth = "):
+        train(short(Recipe(linear(0.5), scale="inverse")), TEXT, checkpoint=path, environment={"text": "fox"})
+    assert path.read_bytes() == before
+
+
+def test_the_seed_decides(tmp_path):
+    first, second, other = (train(short(seed=seed), TEXT) for seed in (0, 0, 1))
+    assert_same(first, second)
+    assert first.curve != other.curve
+
+
+def test_the_model_learns_and_loses_less_by_a_cut_when_layers_were_dropped():
+    scored = validation_windows(TEXT, count=32, length=17)
+    before = bits_per_byte(short().model(), scored)
+    trained = train(short(steps=150, learning_rate=1e-2), TEXT)
+    after = depth_curve(trained.model, scored)
+    assert before > 7
+    assert after[4] < 2
+    assert list(after) == [4, 3, 2, 1]
+    assert len(trained.model.stack.layers) == 4
+    assert trained.curve[0][1] > 2 * trained.curve[-1][1]
+
+
+def test_equal_work_means_as_many_layers_run():
+    for recipe in (DROPPING, Recipe(uniform(0.2)), Recipe(uniform(0.5), fade=True)):
+        steps = recipe.steps_of_equal_work(16, 1000)
+        schedule = recipe.schedule(16, steps)
+        expected = sum(16 - schedule(step).sum() for step in range(steps))
+        assert expected == pytest.approx(16_000, rel=2e-3)
+    assert DENSE.steps_of_equal_work(16, 1000) == 1000
+
+
+def test_layers_run_are_those_of_the_plans():
+    trained = train(short(steps=20), TEXT)
+    model = short(steps=20).model()
+    assert trained.layers_run == sum(len(model.stack.plan(step).layers) for step in range(20))
+    assert trained.model.stack.stats().layers_run == trained.layers_run
+    assert trained.layers_run < 80
+
+
+def test_progress_is_told_after_each_step():
+    told = []
+    train(short(steps=5), TEXT, on_step=told.append)
+    assert [progress.step for progress in told] == [1, 2, 3, 4, 5]
+    assert all(progress.num_layers == 4 and 0 <= progress.kept <= 4 for progress in told)
+    assert all(progress.bits_per_byte > 0 and progress.bytes_per_second > 0 for progress in told)
+
+
+def test_the_learning_rate_rises_then_falls():
+    training = short(steps=200, learning_rate=1.0)
+    rates = [training.learning_rate_at(step) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert 0.02 <= rates[-1] < 0.03
+
+
+def test_a_loss_that_is_no_number_ends_the_run_without_saving_it(tmp_path, monkeypatch, every_step_saved):
+    path = tmp_path / "x.safetensors"
+
+    def poison(progress):
+        if progress.step == 3:
+            monkeypatch.setattr(module.F, "cross_entropy", lambda x, _: x.sum() * math.nan)
+
+    with pytest.raises(RecipeError, match="loss of step 3 is not finite"):
+        train(short(), TEXT, checkpoint=path, on_step=poison)
+    monkeypatch.undo()
+    assert_same(train(short(), TEXT, checkpoint=path), train(short(), TEXT))
+
+
+def test_scoring_is_mean_bits_of_the_predicted_bytes():
+    model = short().model()
+    scored = validation_windows(TEXT, count=70, length=17)
+    tokens = torch.from_numpy(scored)
+    with torch.no_grad():
+        chances = model.eval()(tokens[:, :-1]).double().softmax(-1)
+    picked = chances.gather(2, tokens[:, 1:, None])
+    assert bits_per_byte(model, scored) == pytest.approx(-picked.log2().mean().item(), rel=1e-6)
+    assert len(scored) == 70  # more than one portion
+
+
+def test_a_cut_can_be_stopped_between_depths():
+    model, scored = short().model(), validation_windows(TEXT, count=4, length=17)
+    done = []
+    with pytest.raises(Stopped):
+        depth_curve(model, scored, on_depth=lambda depth, _: done.append(depth), should_stop=StopAfter(3))
+    assert done == [4, 3]
