@@ -79,10 +79,13 @@ def _learning(title: str, bits: float, bigram: float) -> str:
 
 def _work(metrics: Metrics) -> str:
     dense, layerdrop = metrics["models"]["dense"], metrics["models"]["layerdrop"]
+    seconds = metrics["seconds"]
     return (
         f"Work: dense ran {dense['layers_run']:,} layers in {dense['steps']:,} steps, LayerDrop "
         f"{layerdrop['layers_run']:,} in {layerdrop['steps']:,}: {layerdrop['layers_run'] / dense['layers_run']:.1%} "
-        f"of dense's work, {layerdrop['share_of_layers_run']:.0%} of its layers a step."
+        f"of dense's work, {layerdrop['share_of_layers_run']:.0%} of its layers a step. Training took "
+        f"{seconds['train dense']:.0f} s and {seconds['train layerdrop']:.0f} s: what a step does besides its layers "
+        "(embedding, output, optimizer) is not in that count."
     )
 
 
