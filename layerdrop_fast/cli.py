@@ -60,10 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--steps",
         type=_whole_number(1, 10_000_000),
-        default=DENSE_STEPS,
         metavar="N",
         help="training steps of the model without LayerDrop; the one with it gets as many more as its skipped layers "
-        "save (default: %(default)s)",
+        f"save (default: {DENSE_STEPS}, fewer beyond 16 layers)",
     )
     demo.add_argument(
         "--seed", type=_whole_number(0, 2**63 - 1), default=0, metavar="N", help="another seed, other random numbers"

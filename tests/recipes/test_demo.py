@@ -304,6 +304,11 @@ def test_threads_and_algorithms_are_left_as_they_were(unbroken, text):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize(("layers", "steps"), [(1, 1200), (16, 1200), (40, 759), (1000, 152)])
+def test_deeper_models_get_fewer_steps_by_default(layers, steps):
+    assert module.default_steps(layers) == steps
+
+
 def test_the_machine_is_named_without_a_path():
     assert "cores" in module.machine(torch.device("cpu"))
     assert str(Path.cwd()) not in module.machine(torch.device("cpu"))
