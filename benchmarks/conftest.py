@@ -1,7 +1,5 @@
 """What every committed number carries: machine, versions, commit."""
 
-import platform
-
 import numpy as np
 import pytest
 import torch
@@ -12,13 +10,13 @@ from layerdrop_fast import _extension
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Versions and the device come in, what names one computer goes out."""
-    machine_info.pop("node", None)
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
     machine_info["layerdrop_fast"] = layerdrop_fast.__version__
     machine_info["torch"] = torch.__version__
     machine_info["numpy"] = np.__version__
     machine_info["cpp_extension"] = _extension.missing or f"built with {_extension.planner.compiler}"
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine_info["platform"] = platform.platform()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ What is done is kept in the output folder after each stage, so that a stopped or
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -46,7 +47,7 @@ MAX_THREADS = 8  # matrices this small gain nothing from more
 
 def default_steps(num_layers: int) -> int:
     """The dense model's steps: fewer beyond 16 layers, so that 40 layers take seven minutes and not twelve."""
-    return round(DENSE_STEPS * min(1.0, (16 / num_layers) ** 0.5))
+    return round(DENSE_STEPS * min(1.0, math.sqrt(16 / num_layers)))
 
 
 @dataclass(frozen=True)

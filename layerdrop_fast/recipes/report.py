@@ -47,7 +47,7 @@ def findings(metrics: Metrics) -> list[str]:
     found = [
         _learning(TITLES[name], curve[full], bigram) for name, curve in (("dense", dense), ("layerdrop", layerdrop))
     ]
-    found.append(_work(metrics))
+    found += [_work(metrics), _time(metrics)]
     found.append(_full_depth(dense[full], layerdrop[full], full))
     found.append(_ranges(dense, layerdrop))
     if full >= 2:
@@ -79,13 +79,18 @@ def _learning(title: str, bits: float, bigram: float) -> str:
 
 def _work(metrics: Metrics) -> str:
     dense, layerdrop = metrics["models"]["dense"], metrics["models"]["layerdrop"]
-    seconds = metrics["seconds"]
     return (
         f"Work: dense ran {dense['layers_run']:,} layers in {dense['steps']:,} steps, LayerDrop "
         f"{layerdrop['layers_run']:,} in {layerdrop['steps']:,}: {layerdrop['layers_run'] / dense['layers_run']:.1%} "
-        f"of dense's work, {layerdrop['share_of_layers_run']:.0%} of its layers a step. Training took "
-        f"{seconds['train dense']:.0f} s and {seconds['train layerdrop']:.0f} s: what a step does besides its layers "
-        "(embedding, output, optimizer) is not in that count."
+        f"of dense's work, {layerdrop['share_of_layers_run']:.0%} of its layers a step."
+    )
+
+
+def _time(metrics: Metrics) -> str:
+    seconds = metrics["seconds"]
+    return (
+        f"Time: dense trained for {seconds['train dense']:.0f} s, LayerDrop for {seconds['train layerdrop']:.0f} s; "
+        "what a step does besides its layers (embedding, output, optimizer) is not in the count of layers."
     )
 
 
