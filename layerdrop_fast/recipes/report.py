@@ -155,7 +155,7 @@ def _plot(metrics: Metrics, draw: Callable[[Axes, Metrics], None]) -> bytes:
     draw(axes, metrics)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=1.0, edgecolor="none")
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
