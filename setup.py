@@ -55,11 +55,13 @@ def extensions(compiler: str) -> dict[str, Any]:
 
 
 compiler = find_compiler()
+headers = Path(sysconfig.get_path("include"), "Python.h").exists()
 if os.environ.get("LAYERDROP_FAST_BUILD") == "none":
     print("layerdrop_fast: LAYERDROP_FAST_BUILD=none, installing without the C++ extension")
     setup()
-elif compiler is None:
-    print("layerdrop_fast: no C++ compiler found, installing without the C++ extension")
+elif compiler is None or not headers:
+    missing = "Python.h" if compiler else "C++ compiler"
+    print(f"layerdrop_fast: no {missing} found, installing without the C++ extension")
     setup()
 else:
     os.environ.setdefault("CXX", compiler)

@@ -13,7 +13,9 @@ try:
     # Loading it also registers the C++ kernels of the ops.
     planner = import_module("layerdrop_fast._C")
 except ModuleNotFoundError:
-    missing = "not built: no C++ compiler was found at installation, or LAYERDROP_FAST_BUILD=none was set"
+    missing = (
+        "not built: no C++ compiler or no Python.h was found at installation, or LAYERDROP_FAST_BUILD=none was set"
+    )
 except ImportError as error:  # built for another Python, or for a newer torch
     missing = f"built, but does not load: {error}"
 
