@@ -26,7 +26,7 @@ from layerdrop_fast.recipes import report
 from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from layerdrop_fast.recipes.evaluation import depth_curve
 from layerdrop_fast.recipes.files import RecipeError, locked, read_bytes, write_atomically
-from layerdrop_fast.recipes.price import PriceRow, format_price, measure_price
+from layerdrop_fast.recipes.price import PriceRow, format_price, measure_price, price_tasks
 from layerdrop_fast.recipes.progress import StopSignal, stage
 from layerdrop_fast.recipes.text import Corpus, bigram_bits_per_byte, from_file, standard_library, validation_windows
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Progress, Recipe, Stopped, Training, train
@@ -198,7 +198,7 @@ class _Demo:
             show(done, what)
 
         begun = time.monotonic()
-        with stage("price of a step", 22) as show:
+        with stage("price of a step", price_tasks()) as show:
             rows = measure_price(**PRICE, device=self.device, seed=self.options.seed, progress=tell)
         self.metrics["price"] = [asdict(row) for row in rows]
         self.metrics["seconds"]["price"] = time.monotonic() - begun

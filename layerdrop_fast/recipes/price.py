@@ -36,6 +36,8 @@ RULES = {
 # some hundred layers is far smaller; a wrong scale, layer or gradient is far larger.
 TOLERANCE = 1e-4
 
+REPEATS = 3
+
 # One draw takes microseconds: the median needs many.
 DRAWS = 200
 
@@ -62,7 +64,7 @@ def measure_price(
     nhead: int = 4,
     batch: tuple[int, int] = (16, 128),
     p: float = 0.5,
-    repeats: int = 3,
+    repeats: int = REPEATS,
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
@@ -102,6 +104,11 @@ def measure_price(
         torch.manual_seed(seed)
         blocks = [_layer(d_model, nhead, dim_feedforward).to(device) for _ in range(layers)]
         return _measure(_Contest(blocks, torch.randn(*batch, d_model, device=device), p, seed), repeats, progress)
+
+
+def price_tasks(repeats: int = REPEATS) -> int:
+    """How many tasks ``measure_price`` goes through: the ``total`` that it tells ``progress``."""
+    return len(("correctness", "warm-up", "decisions")) + len(RULES) * (1 + repeats)
 
 
 def format_price(rows: Sequence[PriceRow]) -> str:
@@ -235,6 +242,8 @@ def _measure(contest: _Contest, repeats: int, progress: Callable[[int, int, str]
         if progress is not None:
             progress(done, len(tasks), what)
         task()
+    if progress is not None:
+        progress(len(tasks), len(tasks), "done")
 
     everything = (len(contest.layers),) * repeats
     kept = tuple(len(contest.kept(turn)) for turn in range(repeats))

@@ -277,7 +277,7 @@ def test_the_price_is_measured_once_and_reported(unbroken, text, tmp_path, monke
 
     def priced(**options):
         calls.append(options)
-        options["progress"](1, 22, "correctness")
+        options["progress"](1, 23, "correctness")
         names = ("dense", "masked", "skip", "ours", "limit")
         return [PriceRow(name, (40, 40), 1.0, (0.9, 1.1), 1.0, 1.0, 1000, 1e-6) for name in names]
 

@@ -9,7 +9,7 @@ import torch
 from layerdrop_fast import LayerDropStack
 from layerdrop_fast.recipes import price
 from layerdrop_fast.recipes.peers import Masked, Skip
-from layerdrop_fast.recipes.price import RULES, PriceRow, format_price, measure_price
+from layerdrop_fast.recipes.price import RULES, PriceRow, format_price, measure_price, price_tasks
 
 TINY = {"layers": 6, "d_model": 8, "dim_feedforward": 16, "nhead": 2, "batch": (2, 4), "repeats": 2}
 
@@ -78,7 +78,8 @@ def test_the_rules_take_turns():
     seen = []
     measure_price(**TINY, progress=lambda done, total, what: seen.append((done, total, what)))
     assert [done for done, _, _ in seen] == list(range(len(seen)))
-    assert {total for _, total, _ in seen} == {len(seen)}
+    assert {total for _, total, _ in seen} == {len(seen) - 1} == {price_tasks(TINY["repeats"])}
+    assert seen[-1][2] == "done"
     steps = [what for _, _, what in seen if what.startswith("step")]
     assert steps == [f"step {turn} of 2, {name}" for turn in (1, 2) for name in RULES]
 
