@@ -10,6 +10,7 @@ prints and pickles as what it says: ``DropSchedule(24, linear(0.5), decreasing(1
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -22,18 +23,18 @@ from layerdrop_fast._checks import check_count, check_rate
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 
-class Depth:
+class Depth(ABC):
     """A depth profile: called with the number of layers, returns their drop rates, float64 [L]."""
 
-    def __call__(self, num_layers: int) -> FloatArray:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, num_layers: int) -> FloatArray: ...
 
 
-class Time:
+class Time(ABC):
     """A time multiplier: called with the step, returns a number in [0, 1] that multiplies every drop rate."""
 
-    def __call__(self, step: int) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, step: int) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,18 @@ def test_a_decision_is_the_documented_word():
 
 
 @pytest.mark.parametrize("sampling", ["bernoulli", "systematic"])
+def test_a_unit_whose_word_equals_its_threshold_is_dropped(sampling):
+    """kept iff u < t, exactly: with t = u the marginal would be one in 2**32 too high. A unit alone in its group."""
+    site = {"bernoulli": 0, "systematic": 2}[sampling]  # at B = 1 systematic sampling compares the start
+    for step in range(50):
+        k = philox((step, 0, 0, 0), (7, 0))
+        word = philox((0, site, k[2], k[3]), k[:2])[0]
+        for threshold, kept in ((word, False), (word + 1, True)):
+            rate = 1 - threshold / 2**32  # exact in float64
+            assert draw_plan([rate], 1, seed=7, step=step, sampling=sampling).kept_counts == [kept]
+
+
+@pytest.mark.parametrize("sampling", ["bernoulli", "systematic"])
 def test_the_parts_of_a_plan_agree(sampling):
     plan = draw_plan([0.0, 0.3, 0.5, 1.0], 9, seed=1, step=2, sampling=sampling)
     keep = plan.keep

@@ -66,9 +66,9 @@ def _only_list(model: nn.Module) -> str:
 
 def _stack_of(model: nn.Module, name: str) -> str:
     """The name of the stack where ``name`` is that of a LayerDropStack's inner list, else ``name``."""
-    owner = name.removesuffix("layers").removesuffix(".")
-    known = dict(model.named_modules())
-    return owner if name.endswith("layers") and isinstance(known.get(owner), LayerDropStack) else name
+    owner, _, last = name.rpartition(".")
+    inner = last == "layers" and isinstance(dict(model.named_modules()).get(owner), LayerDropStack)
+    return owner if inner else name
 
 
 def _layers_of(model: nn.Module, name: str) -> nn.ModuleList:

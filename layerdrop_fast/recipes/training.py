@@ -1,7 +1,8 @@
 """Trains a byte-level TransformerLM so that an interrupted run ends with the same bits as an unbroken one.
 
 Everything a step does follows from integers (seed and step) and from the state that a checkpoint holds: weights,
-AdamW's moments, the stack's counters, torch's random state, and the losses so far.
+AdamW's moments, the stack's counters, and the losses so far. The model has no ordinary dropout, so that no random state
+is left to save.
 """
 
 from __future__ import annotations
@@ -153,9 +154,7 @@ class _State:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-        tensors |= {"bits": self.bits, "kept": self.kept, "random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= {"bits": self.bits, "kept": self.kept}
         save_checkpoint(path, tensors, {"settings": settings, "step": self.step, "seconds": self.seconds})
 
     def restore(self, path: Path, settings: dict[str, Any]) -> None:
@@ -168,9 +167,6 @@ class _State:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.bits, self.kept = tensors.pop("bits"), tensors.pop("kept")
-        torch.set_rng_state(tensors.pop("random.cpu"))
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors.pop("random.cuda"), self.device)
         self.model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
         self.step, self.seconds = record["step"], record["seconds"]
 

@@ -88,6 +88,9 @@ def test_a_stack_by_the_name_of_its_inner_list():
         small = extract(model, {name: [4, 5]})["encoder"]
         assert small.schedule(0).tolist() == [0.5, 0.6]
         assert small(X).shape == X.shape
+    beside = nn.ModuleDict({"enc": model["encoder"], "enclayers": nn.ModuleList(blocks(3))})
+    small = extract(beside, {"enclayers": [2]})
+    assert (len(small["enc"].layers), len(small["enclayers"])) == (6, 1)
     small = extract(model["encoder"], {"layers": [0]})
     assert small.schedule(0).tolist() == [0.1]
 
