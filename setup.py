@@ -41,6 +41,8 @@ def extensions(compiler: str) -> dict[str, Any]:
             *system,
             "-O3",
             "-fvisibility=hidden",
+            # a * b + c is rounded twice on every processor, so that all of them compute the same bits.
+            "-ffp-contract=off",
             "-Wall",
             "-Wextra",
             f"-DTORCH_TARGET_VERSION={target:#018x}ULL",

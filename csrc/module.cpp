@@ -9,7 +9,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu/philox_wide.h"
+#include "cpu/instruction_sets.h"
 #include "philox.h"
 #include "planner.h"
 
@@ -72,27 +72,30 @@ py::tuple philox4x32_py(std::array<uint32_t, 4> counter, std::array<uint32_t, 2>
   return py::make_tuple(out.x[0], out.x[1], out.x[2], out.x[3]);
 }
 
-// The words of blocks first_block and on, by one of the instruction sets that instruction_sets() names.
-py::array_t<uint32_t> fill_blocks_py(const std::string& instruction_set,
-                                     std::array<uint32_t, 4> key,
+// The words of groups of kBlockGroup blocks, from block first_block on.
+py::array_t<uint32_t> fill_blocks_py(std::array<uint32_t, 4> key,
                                      uint32_t site,
                                      uint64_t first_block,
                                      int64_t num_groups) {
-  for (const InstructionSet& candidate : instruction_sets()) {
-    if (candidate.name == instruction_set && num_groups >= 0) {
-      py::array_t<uint32_t> words(4 * kBlockGroup * num_groups);
-      const Philox4 philox_key = {{key[0], key[1], key[2], key[3]}};
-      candidate.fill_blocks(philox_key, site, first_block, kBlockGroup * num_groups, words.mutable_data());
-      return words;
-    }
-  }
-  throw py::value_error("fill_blocks: an instruction set of this processor was expected, got " + instruction_set);
+  if (num_groups < 0) throw py::value_error("fill_blocks: num_groups >= 0 was expected");
+  py::array_t<uint32_t> words(4 * kBlockGroup * num_groups);
+  const Philox4 philox_key = {{key[0], key[1], key[2], key[3]}};
+  instruction_set().fill_blocks(philox_key, site, first_block, kBlockGroup * num_groups, words.mutable_data());
+  return words;
 }
 
 py::list instruction_sets_py() {
   py::list names;
   for (const InstructionSet& candidate : instruction_sets()) names.append(candidate.name);
   return names;
+}
+
+// For tests and measurements: the processor's other instruction sets compute the same bits, more slowly.
+void use_instruction_set_py(const std::string& name) {
+  for (const InstructionSet& candidate : instruction_sets()) {
+    if (candidate.name == name) return use_instruction_set(candidate);
+  }
+  throw py::value_error("use_instruction_set: one of this processor's was expected, got " + name);
 }
 
 }  // namespace
@@ -107,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox4x32", &philox4x32_py);
   m.def("fill_blocks", &fill_blocks_py);
   m.def("instruction_sets", &instruction_sets_py);
+  m.def("use_instruction_set", &use_instruction_set_py);
   m.attr("compiler") = LAYERDROP_COMPILER;
   m.attr("built_with_torch") = LAYERDROP_TORCH_VERSION;
 }

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/philox_wide.h"
+#include "cpu/instruction_sets.h"
 #include "philox.h"
 
 namespace layerdrop_fast {
@@ -26,7 +26,7 @@ class SiteWords {
     const int64_t skipped = static_cast<int64_t>(first % 4);
     const int64_t groups = (skipped + count + 4 * kBlockGroup - 1) / (4 * kBlockGroup);
     buffer_.resize(static_cast<size_t>(groups * kBlockGroup * 4));
-    fill_blocks(key_, site_, first / 4, groups * kBlockGroup, buffer_.data());
+    instruction_set().fill_blocks(key_, site_, first / 4, groups * kBlockGroup, buffer_.data());
     return buffer_.data() + skipped;
   }
 

@@ -8,7 +8,9 @@ CUDA key; the dispatcher chooses. Gradients stand outside, in the ``autograd.Fun
 
 Every backend keeps to this:
 
-- Inputs may have any strides and are never written; outputs are new and contiguous.
+- Inputs may have any strides and are never written; outputs are new and contiguous. An op whose name ends in an
+  underscore writes its first tensor, which is contiguous and shares no memory with another argument, in place of
+  returning it: only the samples that change are read or written.
 - B samples, K rows, S positions (the product of the middle dimensions, which may be none), D channels. ``rows`` are
   ascending, without duplicates; None means all samples in order, K = B. K may be 0.
 - A row of -1 is a spare row (a captured graph has room for more rows than a step keeps): it reads nothing and writes
@@ -69,6 +71,16 @@ scatter_residual(
     Tensor? site,             # int32 [], in [256, 2^24); None where dropout_p is 0
 ) -> Tensor                   # [B, ..., D], dtype of x
 
+scatter_residual_(
+    Tensor(a!) x,             # [B, ..., D] f64|f32|bf16|f16
+    Tensor y,                 # [K, ..., D] f64|f32|bf16|f16, may differ from x
+    Tensor? rows,             # int32 [K]
+    Tensor? scale,            # [] f32 (f64 where x is f64); None is 1
+    float dropout_p,          # in [0, 1]
+    Tensor? key,              # int32 [4]; None where dropout_p is 0
+    Tensor? site,             # int32 [], in [256, 2^24); None where dropout_p is 0
+) -> ()
+
 scatter_residual_bwd(
     Tensor grad_out,          # [B, ..., D], dtype of x
     Tensor? rows,             # int32 [K]
@@ -94,6 +106,20 @@ scatter_residual_gather_norm(
       Tensor xhat,            # [N, ..., D], dtype of x: x_out, as rounded to its dtype, normalised
       Tensor rstd)            # [N, ...] f32 (f64 for f64)
 
+scatter_residual_gather_norm_(
+    Tensor(a!) x,             # [B, ..., D] f64|f32|bf16|f16; becomes x_out
+    Tensor y,                 # [K, ..., D] f64|f32|bf16|f16, may differ from x
+    Tensor? rows,             # int32 [K], of this branch
+    Tensor? next_rows,        # int32 [N], of the next kept branch; may be the same tensor as rows
+    Tensor? scale,            # [] f32 (f64 where x is f64); None is 1
+    float dropout_p,          # in [0, 1]
+    Tensor? key,              # int32 [4]; None where dropout_p is 0
+    Tensor? site,             # int32 [], in [256, 2^24); None where dropout_p is 0
+    bool rms,                 # RMSNorm instead of LayerNorm
+    float eps,                # >= 0
+) -> (Tensor xhat,            # [N, ..., D], dtype of x
+      Tensor rstd)            # [N, ...] f32 (f64 for f64)
+
 scatter_residual_gather_norm_bwd(
     Tensor grad_x_out,        # [B, ..., D], dtype of x
     Tensor grad_xhat,         # [N, ..., D], dtype of x
@@ -109,6 +135,21 @@ scatter_residual_gather_norm_bwd(
     ScalarType dtype,         # of y
 ) -> (Tensor grad_x,          # [B, ..., D], dtype of x
       Tensor grad_y)          # [K, ..., D]: scatter_residual_bwd of grad_x, as rounded to its dtype
+
+scatter_residual_gather_norm_bwd_(
+    Tensor(a!) grad_x,        # [B, ..., D], dtype of x; comes as grad_x_out
+    Tensor grad_xhat,         # [N, ..., D], dtype of x
+    Tensor xhat,              # [N, ..., D], dtype of x
+    Tensor rstd,              # [N, ...] f32 (f64 for f64)
+    Tensor? rows,             # int32 [K]
+    Tensor? next_rows,        # int32 [N]
+    Tensor? scale,            # [] f32 (f64 for f64)
+    float dropout_p,          # in [0, 1]
+    Tensor? key,              # int32 [4]
+    Tensor? site,             # int32 []
+    bool rms,
+    ScalarType dtype,         # of y
+) -> Tensor                   # grad_y [K, ..., D]
 
 act(
     Tensor u,                 # [K, ..., F] f64|f32|bf16|f16; swiglu: [K, ..., 2F]

@@ -50,13 +50,21 @@ def test_both_planners_compact_alike():
             assert np.array_equal(compiled.compact_slot(keep), reference.compact_slot(keep))
 
 
+@pytest.fixture
+def widest_instruction_set_afterwards():
+    yield
+    compiled.use_instruction_set(compiled.instruction_sets()[0])
+
+
+@pytest.mark.usefixtures("widest_instruction_set_afterwards")
 @pytest.mark.parametrize("instruction_set", compiled.instruction_sets() if _extension.missing is None else [])
 def test_every_instruction_set_draws_the_same_words(instruction_set):
     """Wide and plain paths against the reference, at both ends of the 40-bit block numbers."""
+    compiled.use_instruction_set(instruction_set)
     key = torch.tensor([1, -2, 3, -4], dtype=torch.int32)
     for site in (0, 1, 300, 2**24 - 1):
         for first_block in (0, 5, 2**32 - 9, 2**40 - 24):
-            words = compiled.fill_blocks(instruction_set, [w % 2**32 for w in key.tolist()], site, first_block, 3)
+            words = compiled.fill_blocks([w % 2**32 for w in key.tolist()], site, first_block, 3)
             elements = 4 * first_block + torch.arange(96)
             expected = random_bits(key, torch.tensor(site, dtype=torch.int32), elements)
             assert words.tolist() == expected.tolist()

@@ -120,5 +120,10 @@ def _fake_scatter_residual_bwd(
     return grad_out.new_empty(kept, *grad_out.shape[1:], dtype=dtype)
 
 
+def _fake_scatter_residual_(x: Tensor, y: Tensor, *others: Any) -> None:
+    return None
+
+
 implement("scatter_residual", reference=reference.scatter_residual, fake=_fake_scatter_residual)
+implement("scatter_residual_", reference=reference.scatter_residual_, fake=_fake_scatter_residual_)
 implement("scatter_residual_bwd", reference=reference.scatter_residual_bwd, fake=_fake_scatter_residual_bwd)

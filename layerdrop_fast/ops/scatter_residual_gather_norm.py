@@ -159,13 +159,18 @@ def _fake_scatter_residual_gather_norm_bwd(
     )
 
 
-implement(
-    "scatter_residual_gather_norm",
-    reference=reference.scatter_residual_gather_norm,
-    fake=_fake_scatter_residual_gather_norm,
-)
-implement(
-    "scatter_residual_gather_norm_bwd",
-    reference=reference.scatter_residual_gather_norm_bwd,
-    fake=_fake_scatter_residual_gather_norm_bwd,
-)
+def _fake_scatter_residual_gather_norm_(x: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _fake_scatter_residual_gather_norm(x, y, *others)[1:]
+
+
+def _fake_scatter_residual_gather_norm_bwd_(grad_x: Tensor, grad_xhat: Tensor, *others: Any) -> Tensor:
+    return _fake_scatter_residual_gather_norm_bwd(grad_x, grad_xhat, *others)[1]
+
+
+for _name, _fake in (
+    ("scatter_residual_gather_norm", _fake_scatter_residual_gather_norm),
+    ("scatter_residual_gather_norm_", _fake_scatter_residual_gather_norm_),
+    ("scatter_residual_gather_norm_bwd", _fake_scatter_residual_gather_norm_bwd),
+    ("scatter_residual_gather_norm_bwd_", _fake_scatter_residual_gather_norm_bwd_),
+):
+    implement(_name, reference=getattr(reference, _name), fake=_fake)

@@ -1,5 +1,7 @@
 """scatter_residual: a branch's output added to the samples that ran it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ def scatter_residual(
     if scale is not None:
         branch = branch * scale
     return put(x, rows, (take(x, rows).to(wide) + branch).to(x.dtype)).contiguous()
+
+
+def scatter_residual_(x: Tensor, y: Tensor, *others: Any) -> None:
+    """``x = scatter_residual(x, y, ...)``."""
+    x.copy_(scatter_residual(x, y, *others))
 
 
 def scatter_residual_bwd(

@@ -1,5 +1,7 @@
 """scatter_residual_gather_norm: add this branch's output, then normalise for the next kept branch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,13 @@ def scatter_residual_gather_norm(
     return x_out, *gather_norm(x_out, next_rows, rms, eps)
 
 
+def scatter_residual_gather_norm_(x: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """``x, xhat, rstd = scatter_residual_gather_norm(x, y, ...)``."""
+    x_out, xhat, rstd = scatter_residual_gather_norm(x, y, *others)
+    x.copy_(x_out)
+    return xhat, rstd
+
+
 def scatter_residual_gather_norm_bwd(
     grad_x_out: Tensor,
     grad_xhat: Tensor,
@@ -43,3 +52,10 @@ def scatter_residual_gather_norm_bwd(
     grad = take(grad_x_out, next_rows).to(rstd.dtype) + norm_gradient(grad_xhat, xhat, rstd, rms)
     grad_x = put(grad_x_out, next_rows, grad.to(grad_x_out.dtype)).contiguous()
     return grad_x, scatter_residual_bwd(grad_x, rows, scale, dropout_p, key, site, dtype)
+
+
+def scatter_residual_gather_norm_bwd_(grad_x: Tensor, grad_xhat: Tensor, *others: Any) -> Tensor:
+    """``grad_x, grad_y = scatter_residual_gather_norm_bwd(grad_x, grad_xhat, ...)``."""
+    grad_x_out, grad_y = scatter_residual_gather_norm_bwd(grad_x, grad_xhat, *others)
+    grad_x.copy_(grad_x_out)
+    return grad_y
