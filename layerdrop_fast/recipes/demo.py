@@ -26,7 +26,7 @@ from layerdrop_fast.recipes import report
 from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from layerdrop_fast.recipes.evaluation import depth_curve
 from layerdrop_fast.recipes.files import RecipeError, locked, read_bytes, write_atomically
-from layerdrop_fast.recipes.price import PriceRow, format_price, measure_price, price_tasks
+from layerdrop_fast.recipes.price import RULES, PriceRow, format_price, measure_price, price_tasks
 from layerdrop_fast.recipes.progress import StopSignal, stage
 from layerdrop_fast.recipes.text import Corpus, bigram_bits_per_byte, from_file, standard_library, validation_windows
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Progress, Recipe, Stopped, Training, train
@@ -189,7 +189,7 @@ class _Demo:
         return trained.model, result
 
     def measure_price(self) -> None:
-        if not self.options.price or "price" in self.metrics:
+        if not self.options.price or self._price_rows() is not None:
             return
 
         def tell(done: int, total: int, what: str) -> None:
@@ -204,8 +204,13 @@ class _Demo:
         self.metrics["seconds"]["price"] = time.monotonic() - begun
         self.save_metrics()
 
+    def _price_rows(self) -> list[PriceRow] | None:
+        """The price by today's rules; None where none was measured, or one by other rules."""
+        rows = [PriceRow(**row) for row in self.metrics.get("price", [])]
+        return rows if [row.name for row in rows] == list(RULES) else None
+
     def price_table(self) -> str | None:
-        rows = self.metrics.get("price")
+        rows = self._price_rows()
         if rows is None:
             return None
         batch, positions = PRICE["batch"]
@@ -213,7 +218,7 @@ class _Demo:
             f"One training step of a {PRICE['layers']}-layer model, d {PRICE['d_model']}, FFN "
             f"{PRICE['dim_feedforward']}, {batch} x {positions} tokens, p = {PRICE['p']}"
         )
-        return f"{title}\n{format_price([PriceRow(**row) for row in rows])}"
+        return f"{title}\n{format_price(rows)}"
 
 
 def _note(progress: Progress) -> str:

@@ -1,4 +1,4 @@
-"""What one training step costs: dense, masked, skipped as fairseq does, ours, and the limit of skipping.
+"""What one training step costs: dense, masked, skipped as fairseq does, by our stack, on our ops, and at the limit.
 
     rows = measure_price(p=0.5)
     print(format_price(rows))
@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from layerdrop_fast._checks import check_count, check_rate
 from layerdrop_fast.memory import saved_bytes
 from layerdrop_fast.nn import LayerDropStack, set_step
+from layerdrop_fast.recipes.fused import FusedEncoder
 from layerdrop_fast.recipes.peers import Masked, Skip
 
 RULES = {
     "dense": "every layer runs",
     "masked": "timm's DropPath, torchvision's StochasticDepth: all runs, each branch is multiplied by a mask",
     "skip": "fairseq's LayerDropModuleList: a comparison a layer, inside the loop",
-    "ours": "LayerDropStack: one plan a step",
-    "limit": "a dense stack of only as many layers as the others keep",
+    "stack": "LayerDropStack over the same layers: one plan a step",
+    "ours": "the same plan on the fused ops: one pass a branch; neither the stream, masks nor GELU outputs are saved",
+    "limit": "a dense stack of only as many layers as the others keep, on the fused ops",
 }
 
 # Largest relative error, in the Euclidean norm, between two rules that compute the same in float32. The rounding of
@@ -72,12 +74,12 @@ def measure_price(
     """Measures one training step by every rule of ``RULES``, in that order.
 
     The model is ``layers`` of torch's pre-norm TransformerEncoderLayer with dropout 0.1 behind both branches; a step
-    is forward, mean squared error, backward and fused AdamW. The rules take turns (A B C D E A B ...), each turn with
+    is forward, mean squared error, backward and fused AdamW. The rules take turns (A B C D E F A B ...), each turn with
     a plan of its own. The plans are drawn by systematic sampling: steps differ by at most one kept layer, so that the
     spread is the machine's. The decisions are timed as what the peers draw, independent ones.
 
-    Nothing is timed before outputs and all gradients agree, without dropout: ours with skip, and masked with skip
-    whose branches are scaled by 1 / (1 - p).
+    Nothing is timed before outputs and all gradients agree, without dropout: stack and ours with skip, and masked with
+    skip whose branches are scaled by 1 / (1 - p).
 
     Args:
         layers, d_model, dim_feedforward, nhead: the model.
@@ -161,13 +163,15 @@ class _Contest:
         self.masks: list[Masked] = []
         self.masked = [self._with_masks(layer) for layer in layers]
         self.skip = Skip(p, layers)
-        self.ours = LayerDropStack(layers, p, sampling="systematic", seed=seed)
+        self.stack = LayerDropStack(layers, p, sampling="systematic", seed=seed)
+        self.ours = FusedEncoder(layers, p, sampling="systematic", seed=seed)
         self.parameters = dict(nn.ModuleList(layers).named_parameters())
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, fused=True)
         self.run: dict[str, Callable[[Tensor], Tensor]] = {
             "dense": partial(_in_turn, layers),
             "masked": partial(_in_turn, self.masked),
             "skip": partial(_in_turn, self.skip),
+            "stack": self.stack,
             "ours": self.ours,
         }
 
@@ -181,16 +185,19 @@ class _Contest:
         return layer
 
     def kept(self, turn: int) -> list[int]:
-        return self.ours.plan(turn).layers
+        return self.stack.plan(turn).layers
 
     def prepare(self, turn: int) -> None:
         """Makes every rule keep the layers of plan number ``turn``."""
         kept = self.kept(turn)
+        set_step(self.stack, turn)
         set_step(self.ours, turn)
         self.skip.keep(kept)
         for index, mask in enumerate(self.masks):
             mask.outcome = index // 2 in kept
-        self.run["limit"] = partial(_in_turn, self.layers[: len(kept)])
+        # Rates of 0 and 1 leave the plan no choice.
+        rates = [float(index >= len(kept)) for index in range(len(self.layers))]
+        self.run["limit"] = FusedEncoder(self.layers, rates, seed=0)
 
     def loss(self, rule: str) -> Tensor:
         return nn.functional.mse_loss(self.run[rule](self.x), self.target)
@@ -271,8 +278,9 @@ def _gate(contest: _Contest) -> None:
     for dropout in dropouts:
         dropout.eval()
     contest.prepare(0)
-    skip, ours, masked = (contest.gradients(rule) for rule in ("skip", "ours", "masked"))
-    _agree("ours", ours, "skip", skip)
+    skip, masked = contest.gradients("skip"), contest.gradients("masked")
+    for rule in ("stack", "ours"):
+        _agree(rule, contest.gradients(rule), "skip", skip)
     with _branches_scaled(contest.layers, 1 / (1 - contest.p) if contest.p < 1 else 1.0):
         scaled = contest.gradients("skip")
     # The gradients of dropped layers are zeros where the others have none.
@@ -307,7 +315,7 @@ def _branches_scaled(layers: Iterable[nn.TransformerEncoderLayer], factor: float
 
 def _decision_seconds(contest: _Contest) -> dict[str, float]:
     """The median time that each rule takes to draw the decisions of one step, and nothing else."""
-    stack = LayerDropStack(contest.layers, contest.p, seed=0)
+    stack, ours = LayerDropStack(contest.layers, contest.p, seed=0), FusedEncoder(contest.layers, contest.p, seed=0)
     branch = contest.x.detach()
     contest.skip.keep(None)
     for mask in contest.masks:
@@ -315,7 +323,8 @@ def _decision_seconds(contest: _Contest) -> dict[str, float]:
     draws: dict[str, Callable[[int], object]] = {
         "masked": lambda turn: [mask.mask(branch) for mask in contest.masks],
         "skip": lambda turn: list(contest.skip),
-        "ours": lambda turn: stack.plan(turn).layers,
+        "stack": lambda turn: stack.plan(turn).layers,
+        "ours": lambda turn: ours.stack.plan(turn).layers,
     }
     seconds: dict[str, list[float]] = {name: [] for name in draws}
     for turn in range(DRAWS):

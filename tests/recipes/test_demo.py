@@ -1,5 +1,6 @@
 """The demo: whole runs at toy size, stopped, killed, damaged, out of space, taken up again."""
 
+import dataclasses
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from layerdrop_fast.recipes import demo as module
 from layerdrop_fast.recipes import training
 from layerdrop_fast.recipes.checkpoint import load_checkpoint
 from layerdrop_fast.recipes.evaluation import bits_per_byte
-from layerdrop_fast.recipes.price import PriceRow
+from layerdrop_fast.recipes.price import RULES, PriceRow, price_tasks
 from layerdrop_fast.recipes.text import from_file, validation_windows
 
 RESULTS = {"dense.safetensors", "layerdrop.safetensors", "depth.png", "training.png", "metrics.json", "report.html"}
@@ -277,9 +278,8 @@ def test_the_price_is_measured_once_and_reported(unbroken, text, tmp_path, monke
 
     def priced(**options):
         calls.append(options)
-        options["progress"](1, 23, "correctness")
-        names = ("dense", "masked", "skip", "ours", "limit")
-        return [PriceRow(name, (40, 40), 1.0, (0.9, 1.1), 1.0, 1.0, 1000, 1e-6) for name in names]
+        options["progress"](1, price_tasks(), "correctness")
+        return [PriceRow(name, (40, 40), 1.0, (0.9, 1.1), 1.0, 1.0, 1000, 1e-6) for name in RULES]
 
     monkeypatch.setattr(module, "measure_price", priced)
     with_price = [argument for argument in arguments(text, tmp_path) if argument != "--no-price"]
@@ -290,6 +290,23 @@ def test_the_price_is_measured_once_and_reported(unbroken, text, tmp_path, monke
     assert "masked" in first
     assert "masked" in (tmp_path / "report.html").read_text()
     assert "masked" in capsys.readouterr().out
+
+
+def test_a_price_by_other_rules_is_measured_anew(unbroken, text, tmp_path, monkeypatch, capsys):
+    for path in unbroken.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    earlier = json.loads((tmp_path / "metrics.json").read_text())
+    row = PriceRow("dense", (40, 40), 1.0, (0.9, 1.1), 1.0, 1.0, 1000, 0.0)
+    earlier["price"] = [dataclasses.asdict(row), dataclasses.asdict(row) | {"name": "a rule of the past"}]
+    (tmp_path / "metrics.json").write_text(json.dumps(earlier))
+    rows = [dataclasses.replace(row, name=name) for name in RULES]
+    monkeypatch.setattr(module, "measure_price", lambda **options: rows)
+    assert main(arguments(text, tmp_path)) == 0  # without a price
+    assert "the past" not in (out := capsys.readouterr().out)
+    assert "One training step" not in out
+    assert main([argument for argument in arguments(text, tmp_path) if argument != "--no-price"]) == 0
+    assert "masked" in capsys.readouterr().out
+    assert [row["name"] for row in json.loads((tmp_path / "metrics.json").read_text())["price"]] == list(RULES)
 
 
 def test_threads_and_algorithms_are_left_as_they_were(unbroken, text):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from layerdrop_fast import LayerDropStack
-from layerdrop_fast.recipes import price
+from layerdrop_fast.recipes import fused, price
+from layerdrop_fast.recipes.fused import FusedEncoder
 from layerdrop_fast.recipes.peers import Masked, Skip
 from layerdrop_fast.recipes.price import RULES, PriceRow, format_price, measure_price, price_tasks
 
@@ -34,7 +35,7 @@ def rows():
 
 
 def test_every_rule_has_a_row_in_order(rows):
-    assert list(rows) == list(RULES) == ["dense", "masked", "skip", "ours", "limit"]
+    assert list(rows) == list(RULES) == ["dense", "masked", "skip", "stack", "ours", "limit"]
     for row in rows.values():
         fastest, slowest = row.step_s_range
         assert 0 < fastest <= row.step_s <= slowest
@@ -43,14 +44,13 @@ def test_every_rule_has_a_row_in_order(rows):
 
 def test_the_rules_keep_the_same_layers(rows):
     assert rows["dense"].layers_run == rows["masked"].layers_run == (6, 6)
-    assert rows["skip"].layers_run == rows["ours"].layers_run == rows["limit"].layers_run == (3, 3)
+    assert {rows[name].layers_run for name in ("skip", "stack", "ours", "limit")} == {(3, 3)}
 
 
 def test_activation_bytes_follow_what_was_kept(rows):
     saved = {name: row.activation_bytes for name, row in rows.items()}
-    assert saved["limit"] * 2 == saved["dense"]
-    assert saved["skip"] == saved["limit"]
-    assert saved["ours"] <= saved["limit"]
+    assert saved["skip"] * 2 == saved["stack"] * 2 == saved["dense"]
+    assert saved["ours"] == saved["limit"] < saved["skip"]
     # One number a branch, the mask.
     assert saved["masked"] == saved["dense"] + 6 * 2 * 4
 
@@ -63,11 +63,20 @@ def test_a_dense_layer_saves_what_was_counted_by_hand():
     assert dense.activation_bytes == (18 * tokens * width + 4 * tokens + heads * tokens) * 4
 
 
+def test_a_layer_of_ours_saves_what_was_counted_by_hand():
+    # norm, q, k, v, attention, norm, 4 hidden: 10 times B * S * D; and small: rstd of two norms, logsumexp; once a
+    # stack the key of the masks, and 3 sites a layer.
+    tokens, width, heads = 2 * 4, 8, 2
+    rows = {row.name: row for row in measure_price(**TINY | {"layers": 1, "dim_feedforward": 4 * width, "p": 0.0})}
+    expected = (10 * tokens * width + 2 * tokens + heads * tokens + 4 + 3) * 4
+    assert rows["ours"].activation_bytes == rows["limit"].activation_bytes == expected
+
+
 def test_ratios_and_decisions(rows):
     assert rows["dense"].step_to_dense == rows["skip"].step_to_skip == 1.0
     for name, row in rows.items():
         assert row.step_to_dense > 0
-        assert (row.decision_s > 0) == (name in ("masked", "skip", "ours"))
+        assert (row.decision_s > 0) == (name in ("masked", "skip", "stack", "ours"))
 
 
 def test_ratios_pair_the_steps_of_a_turn():
@@ -87,7 +96,8 @@ def test_the_rules_take_turns():
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_any_rate_can_be_priced(p):
     rows = {row.name: row for row in measure_price(**TINY | {"p": p, "layers": 4})}
-    assert all(abs(kept - (1 - p) * 4) < 1 for kept in rows["ours"].layers_run)
+    for name in ("skip", "stack", "ours", "limit"):
+        assert all(abs(kept - (1 - p) * 4) < 1 for kept in rows[name].layers_run)
     format_price(list(rows.values()))
 
 
@@ -106,32 +116,38 @@ def _red(match):
     assert measured == ["correctness"]
 
 
-def test_no_price_when_ours_runs_another_layer(monkeypatch):
-    run = LayerDropStack._run
-    monkeypatch.setattr(LayerDropStack, "_run", lambda self, x, layers, *rest: run(self, x, [*layers[1:], 0], *rest))
-    _red("no price: ours and skip do not compute the same output")
+RULE_OF = pytest.mark.parametrize(("rule", "kind"), [("stack", LayerDropStack), ("ours", FusedEncoder)])
 
 
-def test_no_price_when_ours_loses_a_gradient(monkeypatch):
-    run = LayerDropStack._run
+@RULE_OF
+def test_no_price_when_another_layer_runs(rule, kind, monkeypatch):
+    run = kind._run
+    monkeypatch.setattr(kind, "_run", lambda self, x, layers, *rest: run(self, x, [*layers[1:], 0], *rest))
+    _red(f"no price: {rule} and skip do not compute the same output")
+
+
+@RULE_OF
+def test_no_price_when_a_gradient_is_lost(rule, kind, monkeypatch):
+    run = kind._run
 
     def detached(self, x, layers, *rest):
         with torch.no_grad():
             first = run(self, x, layers[:1], *rest)
         return run(self, first + (x - x.detach()), layers[1:], *rest)
 
-    monkeypatch.setattr(LayerDropStack, "_run", detached)
-    _red("ours and skip do not compute the same gradient")
+    monkeypatch.setattr(kind, "_run", detached)
+    _red(f"{rule} and skip do not compute the same gradient")
 
 
-def test_no_price_when_ours_gives_dropped_layers_gradients(monkeypatch):
-    run = LayerDropStack._run
+@RULE_OF
+def test_no_price_when_dropped_layers_get_gradients(rule, kind, monkeypatch):
+    run = kind._run
 
     def touches_all(self, x, *rest):
         return run(self, x, *rest) + 0.0 * sum(weight.sum() for weight in self.parameters())
 
-    monkeypatch.setattr(LayerDropStack, "_run", touches_all)
-    _red(r"ours and skip .*\(one of them is None\)")
+    monkeypatch.setattr(kind, "_run", touches_all)
+    _red(rf"{rule} and skip .*\(one of them is None\)")
 
 
 def test_no_price_when_masked_is_not_scaled(monkeypatch):
@@ -148,13 +164,20 @@ def test_no_price_when_masked_leaks_into_dropped_layers(monkeypatch):
 def test_no_price_when_skip_skips_too_much(monkeypatch):
     every = Skip.__iter__
     monkeypatch.setattr(Skip, "__iter__", lambda self: iter(list(every(self))[1:]))
+    _red("stack and skip do not compute the same output")
+
+
+@RULE_OF
+def test_no_price_from_numbers_that_are_none(rule, kind, monkeypatch):
+    run = kind._run
+    monkeypatch.setattr(kind, "_run", lambda *args: run(*args) * float("nan"))
+    _red(f"{rule} and skip do not compute the same output .*nan")
+
+
+def test_no_price_when_ours_keeps_its_dropout(monkeypatch):
+    dropout = fused._dropout
+    monkeypatch.setattr(fused, "_dropout", lambda *args: dropout(*args) | {"dropout_p": 0.1})
     _red("ours and skip do not compute the same output")
-
-
-def test_no_price_from_numbers_that_are_none(monkeypatch):
-    run = LayerDropStack._run
-    monkeypatch.setattr(LayerDropStack, "_run", lambda *args: run(*args) * float("nan"))
-    _red("ours and skip do not compute the same output .*nan")
 
 
 def test_the_table_shows_the_rows():
