@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # Where `make bench` puts its statistics: one folder a machine.
 RESULTS ?= benchmarks/results/local
 
-.PHONY: venv demo test test-slow lint format bench clean
+.PHONY: venv demo test test-slow sanitize lint format bench clean
 
 venv: .venv/built
 
@@ -27,9 +27,13 @@ demo: venv
 
 test: lint
 	$(BIN)/python -m pytest
+	.ci/sanitize --if-possible
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+
+sanitize: venv
+	.ci/sanitize
 
 lint: venv
 	$(BIN)/ruff check .

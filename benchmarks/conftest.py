@@ -1,7 +1,6 @@
 """What every committed number carries: machine, versions, commit."""
 
 import numpy as np
-import pytest
 import torch
 
 import layerdrop_fast
@@ -17,12 +16,3 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["numpy"] = np.__version__
     machine_info["cpp_extension"] = _extension.missing or f"built with {_extension.planner.compiler}"
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Host work is measured on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,5 +1,8 @@
 // layerdrop_fast._C: the host planner for Python, and facts about this build. Loading it registers the ops' kernels.
 
+// torch 2.11 and 2.12 refuse to include their pybind11 where this is defined; nothing below uses torch.
+#undef TORCH_TARGET_VERSION
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -45,6 +45,8 @@ def _ops(key: str) -> str:
     """Who computes each op for tensors with this dispatch key."""
     kernels = [op for op in op_names() if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)]
     rest = len(op_names()) - len(kernels)
+    if not rest:
+        return f"own kernels for all {len(kernels)}"
     own = f"own kernels for {', '.join(kernels)}; " if kernels else "no kernels of their own yet; "
     return f"{own}plain PyTorch for {'the other ' if kernels else 'all '}{rest}"
 

@@ -4,6 +4,7 @@ With ``h = xhat * gamma + beta`` and ``out = h W^T + b``, ``g^T h = (g^T xhat) *
 gradient needs neither a saved nor a rebuilt ``h``, and gamma's and beta's are sums over W of the same two factors.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,8 +13,11 @@ from layerdrop_fast.reference.rows import accumulator
 
 def norm_linear(xhat: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
     """``linear(xhat * gamma + beta, weight, bias)``, the matrix product in the weight's dtype or autocast's."""
-    h = xhat if gamma is None else xhat * gamma
-    h = h if beta is None else h + beta
+    if gamma is not None and beta is not None:
+        h = torch.addcmul(beta, xhat, gamma)
+    else:
+        h = xhat if gamma is None else xhat * gamma
+        h = h if beta is None else h + beta
     return F.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 

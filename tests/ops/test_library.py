@@ -1,5 +1,6 @@
 """The raw ops: registrations, shapes on every path, and torch.library.opcheck."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,47 +8,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerdrop_fast import _library, ops
-from tests.ops.eager import DTYPES, KEY, SCALE, SITE, rows_of, tensor
+from tests.ops.eager import DTYPES, LAYOUTS, NAMES, Case, has_cpu_kernel, op, parameters, rows_of, tensor
 
-OPS = torch.ops.layerdrop_fast
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 SHAPES = {2: (4, 6), 3: (4, 3, 6), 4: (4, 3, 2, 6)}
+WITH_DROPOUT = {"p": 0.3, "scale": 1.25, "rms": True, "activation": "swiglu"}
+SOME = {"rows": (0, 2, 3), "next_rows": (1,)}
 
 
-def arguments(name: str, shape: tuple[int, ...], dtype: torch.dtype, rows, next_rows, p: float) -> tuple:
-    """Valid arguments of an op; ``shape`` is that of the stream."""
-    kept = shape[0] if rows is None else len(rows)
-    following = shape[0] if next_rows is None else len(next_rows)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x, y = tensor(*shape, dtype=dtype), tensor(kept, *shape[1:], dtype=dtype, seed=1)
-    xhat, rstd = tensor(following, *shape[1:], dtype=dtype, seed=2), tensor(following, *shape[1:-1], dtype=wide).abs()
-    dropout = (p, KEY, SITE) if p else (0.0, None, None)
-    scale = SCALE.to(wide) if p else None
-    return {
-        "gather_norm": (x, rows, p > 0, 1e-5),
-        "gather_norm_bwd": (xhat, xhat, rstd, next_rows, shape[0], p > 0),
-        "scatter_residual": (x, y, rows, scale, *dropout),
-        "scatter_residual_bwd": (x, rows, scale, *dropout, torch.bfloat16),
-        "scatter_residual_gather_norm": (x, y, rows, next_rows, scale, *dropout, p > 0, 1e-5),
-        "scatter_residual_gather_norm_bwd": (
-            *(x, xhat, xhat, rstd, rows, next_rows, scale),
-            *(*dropout, p > 0, torch.float32),
-        ),
-        "act": (y, rows, "swiglu" if p else "gelu", *dropout),
-        "act_bwd": (y, y[..., :3] if p else y, rows, "swiglu" if p else "gelu", *dropout),
-    }[name]
+def in_place(name: str) -> bool:
+    return name.endswith("_")
 
 
-NAMES = [
-    "gather_norm",
-    "gather_norm_bwd",
-    "scatter_residual",
-    "scatter_residual_bwd",
-    "scatter_residual_gather_norm",
-    "scatter_residual_gather_norm_bwd",
-    "act",
-    "act_bwd",
-]
+def listed(outputs) -> list[torch.Tensor]:
+    return [] if outputs is None else list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 @pytest.mark.parametrize("rank", SHAPES)
@@ -56,43 +30,60 @@ def test_opcheck(name, rank):
     for dtype in DTYPES:
         # Tracing is slow and does not depend on the dtype.
         checks = ALL_CHECKS if dtype == torch.float32 else ALL_CHECKS[:3]
-        torch.library.opcheck(
-            getattr(OPS, name),
-            arguments(name, SHAPES[rank], dtype, rows_of(0, 2, 3), rows_of(1), 0.3),
-            test_utils=checks,
-        )
+        case = Case(SHAPES[rank], dtype, torch.bfloat16, **SOME, **WITH_DROPOUT)
+        torch.library.opcheck(op(name), case.arguments(name), test_utils=checks)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck_of_all_no_and_spare_rows_and_strides(name):
-    for rows, next_rows in ((None, None), (rows_of(), rows_of()), (rows_of(1, -1), rows_of(0, 3, -1))):
-        given = arguments(name, (4, 3, 6), torch.float32, rows, next_rows, 0.0)
-        torch.library.opcheck(getattr(OPS, name), given, test_utils=ALL_CHECKS[:3])
+    for rows, next_rows in ((None, None), ((), ()), ((1, -1), (0, 3, -1))):
+        given = Case((4, 3, 6), rows=rows, next_rows=next_rows).arguments(name)
+        torch.library.opcheck(op(name), given, test_utils=ALL_CHECKS[:3])
         strided = tuple(
-            a.transpose(0, 1).contiguous().transpose(0, 1) if torch.is_tensor(a) and a.dim() > 1 else a for a in given
+            LAYOUTS["sequence first"](value) if torch.is_tensor(value) and not (in_place(name) and i == 0) else value
+            for i, value in enumerate(given)
         )
-        torch.library.opcheck(getattr(OPS, name), strided, test_utils=ALL_CHECKS[:3])
+        torch.library.opcheck(op(name), strided, test_utils=ALL_CHECKS[:3])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_new_and_contiguous(name):
-    for rows, p in itertools.product((None, rows_of(0, 2)), (0.0, 0.3)):
-        given = arguments(name, (4, 3, 6), torch.float32, rows, rows, p)
-        outputs = getattr(OPS, name)(*given)
-        for out in outputs if isinstance(outputs, tuple) else (outputs,):
+    for rows, dropout in itertools.product((None, (0, 2)), ({}, WITH_DROPOUT)):
+        given = Case((4, 3, 6), rows=rows, next_rows=rows, **dropout).arguments(name)
+        for out in listed(op(name)(*given)):
             assert out.is_contiguous()
             assert out.untyped_storage().nbytes() == out.nbytes
             assert all(out.data_ptr() != a.data_ptr() for a in given if torch.is_tensor(a))
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_schema_says_what_is_written(name):
+    arguments = op(name)._schema.arguments
+    assert [a.is_write for a in arguments] == [in_place(name), *[False] * (len(arguments) - 1)]
+    assert not any(out.alias_info for out in op(name)._schema.returns)
+
+    case = Case((4, 3, 6), rows=(0, 2), next_rows=(1, 2), **WITH_DROPOUT)
+    given, before = case.arguments(name), case.arguments(name)
+    op(name)(*given)
+    written = [not torch.equal(a, b) for a, b in zip(given, before, strict=True) if torch.is_tensor(a)]
+    assert written == [in_place(name), *[False] * (len(written) - 1)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_meta_device(name):
-    given = arguments(name, (4, 3, 6), torch.bfloat16, rows_of(0, 2), rows_of(1, 2, 3), 0.3)
-    real = getattr(OPS, name)(*given)
-    meta = getattr(OPS, name)(*(a.to("meta") if torch.is_tensor(a) else a for a in given))
-    for r, m in zip(*(out if isinstance(out, tuple) else (out,) for out in (real, meta)), strict=True):
+    given = Case((4, 3, 6), torch.bfloat16, rows=(0, 2), next_rows=(1, 2, 3), **WITH_DROPOUT).arguments(name)
+    real = listed(op(name)(*given))
+    meta = listed(op(name)(*(a.to("meta") if torch.is_tensor(a) else a for a in given)))
+    for r, m in zip(real, meta, strict=True):
         assert m.device.type == "meta"
         assert (m.shape, m.dtype, m.stride()) == (r.shape, r.dtype, r.stride())
+
+
+def test_an_op_in_place_takes_and_returns_what_its_functional_twin_does_but_for_the_stream():
+    for name in filter(in_place, NAMES):
+        functional = name.removesuffix("_")
+        assert len(op(name)._schema.returns) == len(op(functional)._schema.returns) - 1
+        assert parameters(name)[1:] == parameters(functional)[1:]
 
 
 SCHEMA_NAMES = _library.op_names()
@@ -141,3 +132,98 @@ def test_double_backward_is_refused(function):
     (grad,) = torch.autograd.grad(function(x).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+# What no kernel may take for sizes or addresses: the public functions refuse it, but the raw ops can be called too.
+def rows_instead(*bad: tuple[int, ...]) -> dict:
+    return {str(rows): lambda _, rows=rows: rows_of(*rows) for rows in bad}
+
+
+BAD_ROWS = {
+    "dtype": lambda rows: rows.long(),
+    "dimensions": lambda rows: rows[:, None],
+    **rows_instead((-2, 1), (-(2**31), 1), (2, 1), (1, 1)),
+}
+BEYOND_THE_BATCH = rows_instead((0, 4), (0, 2**31 - 1))
+MISCOUNTED = rows_instead((0, 1, 2), (0,))
+STREAM = {"dtype": lambda v: v.int(), "one dimension": lambda v: v.flatten(), "none": lambda v: v.flatten()[0]}
+BRANCH = STREAM | {
+    "samples": lambda v: v[:1],
+    "positions": lambda v: v[:, 1:],
+    "channels": lambda v: v[..., 1:],
+    "dimensions": lambda v: v[:, 0],
+}
+SINGLE = {"None": lambda v: None, "dtype": lambda v: v.long(), "too few": lambda v: v.flatten()[1:]}
+BAD = {
+    **dict.fromkeys(("x", "grad_out", "grad_x_out", "grad_x"), STREAM),
+    **dict.fromkeys(("y", "xhat", "grad_xhat", "grad_a"), BRANCH),
+    "u": STREAM | {"samples": BRANCH["samples"], "channels": BRANCH["channels"]},  # odd, for swiglu
+    "rstd": {"dtype": lambda v: v.int(), "precision": lambda v: v.half(), "too few": lambda v: v[:1]},
+    "scale": {"dtype": lambda v: v.int(), "precision": lambda v: v.double(), "none": lambda v: v[None][:0]},
+    "key": SINGLE,
+    "site": SINGLE,
+    "batch_size": {"negative": lambda v: -1, "too small": lambda v: 1},
+    "dtype": {"integer": lambda v: torch.int32},
+    "activation": {"unknown": lambda v: "elu"},
+}
+
+
+def bad_values(name: str, parameter: str) -> dict:
+    if parameter not in ("rows", "next_rows"):
+        return BAD.get(parameter, {})
+    if name.startswith("act"):  # its rows are those of no tensor
+        return BAD_ROWS | MISCOUNTED
+    of_another_argument = {
+        "gather_norm": None,
+        "scatter_residual_bwd": None,
+        "scatter_residual_gather_norm_bwd": "next_rows",
+        "scatter_residual_gather_norm_bwd_": "next_rows",
+    }.get(name, "rows")
+    counts = MISCOUNTED | {"None": lambda _: None} if parameter == of_another_argument else {}
+    return BAD_ROWS | BEYOND_THE_BATCH | counts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_refuse_what_would_lead_them_beyond_memory(name):
+    if not has_cpu_kernel(name):
+        pytest.skip("the reference leaves it to torch")
+    case = Case((4, 3, 6), rows=(0, 2), next_rows=(0, 3), **WITH_DROPOUT)
+    accepted = []
+    for i, parameter in enumerate(parameters(name)):
+        for what, spoil in bad_values(name, parameter).items():
+            good = case.arguments(name)
+            given = (*good[:i], spoil(good[i]), *good[i + 1 :])
+            before = copy.deepcopy(given)
+            try:
+                op(name)(*given)
+                accepted.append((parameter, what))
+            except RuntimeError:
+                assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True) if torch.is_tensor(a)), what
+    assert accepted == []
+
+
+@pytest.mark.parametrize("name", [*filter(in_place, NAMES)])
+def test_kernels_in_place_refuse_a_stream_that_is_not_their_own(name):
+    if not has_cpu_kernel(name):
+        pytest.skip("the reference copies")
+    case = Case((4, 3, 6), rows=(0, 2), next_rows=(0, 2), p=0.3)
+    stream, *others = case.arguments(name)
+    for layout in ("sequence first", "channels first", "every other channel", "every other sample", "wider rows"):
+        strided = LAYOUTS[layout](stream)
+        with pytest.raises(RuntimeError, match="contiguous"):
+            op(name)(strided, *others)
+        assert torch.equal(strided, stream)
+    for dim in range(3):
+        expanded = stream.narrow(dim, 0, 1).expand(stream.shape)
+        before = expanded.clone()
+        with pytest.raises(RuntimeError, match="contiguous"):
+            op(name)(expanded, *others)
+        assert torch.equal(expanded, before)
+    for i, value in enumerate(others):
+        if torch.is_tensor(value) and value.dim() == 3:
+            for part in (stream[:2], stream[2:], stream[1::2], stream.flatten()[5:41].view(2, 3, 6)):
+                given = (*others[:i], part, *others[i + 1 :])
+                before = stream.clone()
+                with pytest.raises(RuntimeError, match="shares memory with the stream"):
+                    op(name)(stream, *given)
+                assert torch.equal(stream, before)
