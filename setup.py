@@ -16,9 +16,13 @@ TORCH_TARGET = (2, 11)
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch's build will call, or None."""
-    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-    return next((path for name in (command.split()[0], "c++", "g++") if (path := shutil.which(name))), None)
+    """The C++ compiler that the build will call: CXX where it is set, else the first there is, or None."""
+    if wanted := os.environ.get("CXX"):
+        if shutil.which(wanted.split()[0]) is None:
+            raise SystemExit(f"layerdrop_fast: CXX is {wanted!r}, which is not found")
+        return wanted
+    command = sysconfig.get_config_var("CXX") or "c++"
+    return next((name for name in (command.split()[0], "c++", "g++") if shutil.which(name)), None)
 
 
 def extensions(compiler: str) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def extensions(compiler: str) -> dict[str, Any]:
             "-Wall",
             "-Wextra",
             f"-DTORCH_TARGET_VERSION={target:#018x}ULL",
-            f'-DLAYERDROP_COMPILER="{Path(compiler).name}"',
+            f'-DLAYERDROP_COMPILER="{Path(compiler.split()[-1]).name}"',
             f'-DLAYERDROP_TORCH_VERSION="{torch.__version__}"',
         ],
         library_dirs=library_paths(),
@@ -66,5 +70,5 @@ elif compiler is None or not headers:
     print(f"layerdrop_fast: no {missing} found, installing without the C++ extension")
     setup()
 else:
-    os.environ.setdefault("CXX", compiler)
+    os.environ["CXX"] = compiler
     setup(**extensions(compiler))

@@ -1,9 +1,10 @@
 """One pass a branch beside the eager composition, and dropout masks from counters beside ``bernoulli_``.
 
 The row work of eight branches, forward and backward: add the branch to the kept half of the samples, drop out,
-normalise for the next branch. There are no matrix products: every branch's output is an input, every normalised row has
-a gradient of its own. Before anything is timed the ways are checked against each other. They take turns; the figures,
-and how long a copy of as many bytes takes, stand in ``extra_info``.
+normalise for the next branch; a copy of the stream and the first norm come before them. There are no matrix products:
+every branch's output is an input, every normalised row has a gradient of its own. Before anything is timed the ways are
+checked against each other. They take turns; the figures, and how long a copy of as many bytes takes, stand in
+``extra_info``.
 """
 
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def in_place(x: Tensor, branches: list[Tensor], p: float) -> Streams:
             stream, y, ROWS, ROWS, dropout_p=p, key=KEY, site=site
         )
         normalised.append(xhat)
-    return owned_stream.leave(stream), normalised
+    return stream, normalised
 
 
 WAYS = {"ours": in_place, "ours, functional": functional, "eager": eager, "eager, in place": eager_in_place}
@@ -107,7 +108,7 @@ class Branches:
                         assert error(a, b) < 4, name
 
     def bytes_moved(self) -> int:
-        """What the branches in place can't do without: 4 passes over kept rows forward, 5 backward."""
+        """Of the branches alone: 4 passes over their kept rows forward, 5 backward."""
         return 9 * BRANCHES * self.branches[0].nbytes
 
 
@@ -126,7 +127,7 @@ def test_row_work(benchmark, dtype, p):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activation(benchmark, dtype):
-    """gelu and dropout in an FFN of 4D, and their backward, which makes both anew; ``ours`` saves u alone."""
+    """gelu and dropout in an FFN of 4D; ``ours``, without autograd, makes both anew in backward and saves u alone."""
     generator = torch.Generator().manual_seed(0)
     u, grad = (torch.randn(len(ROWS), S, 4 * D, generator=generator).to(dtype) for _ in range(2))
     leaf = u.clone().requires_grad_()

@@ -10,12 +10,12 @@ Every backend keeps to this:
 
 - Inputs may have any strides and are never written; outputs are new and contiguous. An op whose name ends in an
   underscore writes its first tensor, which is contiguous and shares no memory with another argument, in place of
-  returning it: only the samples that change are read or written.
+  returning it: kernels read and write only the samples that change.
 - B samples, K rows, S positions (the product of the middle dimensions, which may be none), D channels. ``rows`` are
   ascending, without duplicates; None means all samples in order, K = B. K may be 0.
 - A row of -1 is a spare row (a captured graph has room for more rows than a step keeps): it reads nothing and writes
   nothing, and its place in every [K, ...] output is 0.
-- A sample that is not in ``rows`` is not read; where it must appear in the output it is copied bit for bit.
+- A sample that is not in ``rows`` has no influence; where it must appear in the output it is copied bit for bit.
 - Sites below 256 belong to the plan's own decisions.
 - Arithmetic and ``rstd`` are float32, for float64 tensors float64. Dropout masks: ``reference/dropout.py``.
 """

@@ -47,7 +47,7 @@ Tensor act_cpu(Tensor u,             // [K, ..., F] f64|f32|bf16|f16; swiglu: [K
   with_arithmetic(u, [&](auto zero) {
     using T = decltype(zero);
     const RowKernels<T>& kernels = row_kernels<T>();
-    for_each_row<T>(shape, [&](int64_t row, int64_t position, T*) {
+    for_each_row<T>(shape, 0, [&](int64_t row, int64_t position, T*) {
       const int64_t sample = kept.sample(row);
       if (sample < 0) return out.clear(row, position);
       const uint64_t element = shape.element(sample, position);
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> act_bwd_cpu(Tensor u,       // [K, ..., F] or [K, ...
   with_arithmetic(u, [&](auto zero) {
     using T = decltype(zero);
     const RowKernels<T>& kernels = row_kernels<T>();
-    for_each_row<T>(shape, [&](int64_t row, int64_t position, T*) {
+    for_each_row<T>(shape, 0, [&](int64_t row, int64_t position, T*) {
       const int64_t sample = kept.sample(row);
       if (sample < 0) {
         out_u.clear(row, position);

@@ -14,7 +14,8 @@ struct ValueAndSlope {
 
 // Sums of polynomials stand in pairs (Estrin's scheme): their terms need not wait for one another.
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; `power` is 2^n, right for n in [-126, 127], and `rest` is exp(r).
+// x = n ln 2 + r with |r| <= ln 2 / 2; `power` is 2^n for n in [-126, 127], its bits those of 2^127 plus one exponent
+// for 128, and `rest` is exp(r).
 struct Exponential {
   Float32s power, rest;
 };
@@ -39,11 +40,14 @@ LAYERDROP_INLINE Float32s exponential_of_negative(Float32s x) {
   return x < -0x1.5d589ep6f ? Float32s{} : parts.rest * parts.power;
 }
 
-// The same for any x; a result above 2^127 is infinite.
+// The same for any x; a result below 2^-125 is 0, one above float32 infinite.
 LAYERDROP_INLINE Float32s exponential(Float32s x) {
   const Exponential parts = exponential_parts(x);
-  const Float32s result = x > 0x1.601e68p6f ? Float32s{} + __builtin_inff() : parts.rest * parts.power;
-  return x < -0x1.5d589ep6f ? Float32s{} : result;
+  // 2^128 has no float32: half of the power, twice the result.
+  const Float32s half_power = bit_cast<Float32s>(bit_cast<Bits32>(parts.power) - (1u << 23));
+  const Float32s result = parts.rest * half_power * 2.0f;
+  const Float32s saturated = x > 0x1.62e43p6f ? Float32s{} + __builtin_inff() : result;
+  return x < -0x1.5a92d6p6f ? Float32s{} : saturated;
 }
 
 // exp(z^2) * erfc(z) / 2 for z >= 0: t * q(t), t = 1 / (1 + 0.45 z), q a minimax polynomial with an error of 2^-24.

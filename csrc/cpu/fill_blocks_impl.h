@@ -19,6 +19,7 @@ void fill_blocks(const Philox4& key, uint32_t site, uint64_t first_block, int64_
 // hold anything until the words are packed at the end. GCC 12, left alone, spends three multiplications on each.
 constexpr int64_t kBlockLanes = LAYERDROP_REGISTER_BYTES / 8;
 typedef uint64_t BlockWords __attribute__((vector_size(LAYERDROP_REGISTER_BYTES)));
+static_assert(kBlockGroup % kBlockLanes == 0, "a group of blocks is whole vectors");
 
 struct TwoRegisters {
   BlockWords low, high;

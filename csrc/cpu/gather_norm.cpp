@@ -18,17 +18,18 @@ std::tuple<Tensor, Tensor> gather_norm_cpu(Tensor x,             // [B, ..., D] 
     using T = decltype(zero);
     const RowKernels<T>& kernels = row_kernels<T>();
     T* rstds = static_cast<T*>(rstd.mutable_data_ptr());
-    for_each_row<T>({kept.size(), shape.positions, shape.channels}, [&](int64_t row, int64_t position, T* scratch) {
-      const int64_t sample = kept.sample(row);
-      T& rstd_of_row = rstds[row * shape.positions + position];
-      if (sample >= 0) {
-        rstd_of_row = kernels.normalise(
-            in.row(sample, position), out.row(row, position), shape.channels, rms, static_cast<T>(eps), scratch);
-      } else {
-        rstd_of_row = T{0};
-        out.clear(row, position);
-      }
-    });
+    for_each_row<T>(
+        {kept.size(), shape.positions, shape.channels}, kScratchRows, [&](int64_t row, int64_t position, T* scratch) {
+          const int64_t sample = kept.sample(row);
+          T& rstd_of_row = rstds[row * shape.positions + position];
+          if (sample >= 0) {
+            rstd_of_row = kernels.normalise(
+                in.row(sample, position), out.row(row, position), shape.channels, rms, static_cast<T>(eps), scratch);
+          } else {
+            rstd_of_row = T{0};
+            out.clear(row, position);
+          }
+        });
   });
   return {xhat, rstd};
 }
@@ -50,18 +51,19 @@ Tensor gather_norm_bwd_cpu(Tensor grad_xhat,     // [K, ..., D]
     using T = decltype(zero);
     const RowKernels<T>& kernels = row_kernels<T>();
     const T* rstds = read_rstd<T>(rstd, xhat);
-    for_each_row<T>({batch_size, shape.positions, shape.channels}, [&](int64_t sample, int64_t position, T* scratch) {
-      const int64_t row = kept.slot(sample);
-      if (row < 0) return out.clear(sample, position);
-      kernels.norm_gradient({nullptr, out.row(sample, position).dtype},
-                            g.row(row, position),
-                            normalised.row(row, position),
-                            rstds[row * shape.positions + position],
-                            out.row(sample, position),
-                            shape.channels,
-                            rms,
-                            scratch);
-    });
+    for_each_row<T>(
+        {batch_size, shape.positions, shape.channels}, kScratchRows, [&](int64_t sample, int64_t position, T* scratch) {
+          const int64_t row = kept.slot(sample);
+          if (row < 0) return out.clear(sample, position);
+          kernels.norm_gradient({nullptr, out.row(sample, position).dtype},
+                                g.row(row, position),
+                                normalised.row(row, position),
+                                rstds[row * shape.positions + position],
+                                out.row(sample, position),
+                                shape.channels,
+                                rms,
+                                scratch);
+        });
   });
   return grad_x;
 }

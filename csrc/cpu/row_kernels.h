@@ -2,7 +2,8 @@
 //
 // Every row is computed on its own and in one order of operations, however wide the registers are, and without fused
 // multiply-add. So a row has the same bits on any processor and with any number of threads;
-// only float64 activations, which call the C library, may differ from one C library to another.
+// only float64 activations, which call the C library, may differ from one C library to another. (Where flushing of
+// subnormal numbers is switched on, in the threads that it is on for.)
 #pragma once
 
 #include <cstdint>
@@ -48,9 +49,10 @@ struct RowKernels {
   void (*add_branch)(In x, In y, Out out, int64_t n, const Dropout& dropout, T scale, uint64_t element);
   // grad_y = scale * dropout(grad)
   void (*branch_gradient)(In grad, Out grad_y, int64_t n, const Dropout& dropout, T scale, uint64_t element);
-  // xhat = (x - mean) * rstd; returns rstd
+  // xhat = (x - mean) * rstd, without the mean where rms; returns rstd
   T (*normalise)(In x, Out xhat, int64_t n, bool rms, T eps, T* scratch);
-  // out = residual + rstd * (g - mean(g) - xhat * mean(g * xhat)), residual.data == nullptr is 0
+  // out = residual + rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) where rms;
+  // residual.data == nullptr is 0
   void (*norm_gradient)(In residual, In g, In xhat, T rstd, Out out, int64_t n, bool rms, T* scratch);
   // a = dropout(act(u)); swiglu reads 2n channels of u
   void (*act)(Activation activation, In u, Out a, int64_t n, const Dropout& dropout, uint64_t element);

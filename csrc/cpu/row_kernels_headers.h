@@ -2,7 +2,8 @@
 // code in these headers may be shared with the rest of the program and must run on any processor.
 #pragma once
 
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
 
 #if defined(__x86_64__)

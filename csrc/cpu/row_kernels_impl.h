@@ -17,52 +17,58 @@ LAYERDROP_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// The decisions for the elements of one part.
-class Mask {
- public:
-  LAYERDROP_INLINE Mask(const Dropout& dropout) : dropout_(dropout), drops_(dropout.threshold < uint64_t{1} << 32) {}
+static_assert(kPart % kRowPadding == 0 && kRowPadding % kLanes<float> == 0, "parts and rows are whole vectors");
 
-  LAYERDROP_INLINE void draw(uint64_t element, int64_t n) {
-    if (!drops_) return;
-    const uint64_t first = element / 4, last = (element + static_cast<uint64_t>(n) + 3) / 4;
-    const int64_t groups = (static_cast<int64_t>(last - first) + kBlockGroup - 1) / kBlockGroup;
-    fill_blocks(dropout_.key, dropout_.site, first, groups * kBlockGroup, words_);
-    start_ = words_ + element % 4;
-  }
+// dropout(value) for the elements of one part. A copy in the loop that uses it: the compiler then knows that what the
+// loop stores does not change it.
+template <typename T>
+struct Keep {
+  const uint32_t* words;  // nullptr: nothing is dropped
+  uint64_t threshold;
+  T multiplier;
 
-  // dropout(value) for the part's elements i and on.
-  template <typename T>
+  // For the part's elements i and on.
   LAYERDROP_INLINE Vector<T> apply(Vector<T> value, int64_t i) const {
-    const Vector<T> kept = value * static_cast<T>(dropout_.multiplier);
-    if (!drops_) return kept;
+    const Vector<T> kept = value * multiplier;
+    if (!words) return kept;
     if constexpr (sizeof(T) == 8) {
-      const Vector<uint64_t> words = __builtin_convertvector(load<HalfBits32>(start_ + i), Vector<uint64_t>);
-      return words < dropout_.threshold ? kept : Vector<T>{};
+      const Vector<uint64_t> drawn = __builtin_convertvector(load<HalfBits32>(words + i), Vector<uint64_t>);
+      return drawn < threshold ? kept : Vector<T>{};
     } else {
-      return load<Bits32>(start_ + i) < static_cast<uint32_t>(dropout_.threshold) ? kept : Vector<T>{};
+      return load<Bits32>(words + i) < static_cast<uint32_t>(threshold) ? kept : Vector<T>{};
     }
   }
+};
 
- private:
-  const Dropout& dropout_;
-  const bool drops_;
-  const uint32_t* start_ = words_;
-  // A part may begin inside its first block, and whole groups of blocks and whole vectors are drawn.
-  uint32_t words_[kPart + 8 * kBlockGroup];
+// Room for the words of one part: it may begin inside its first block, and whole groups of blocks are drawn.
+struct Words {
+  static_assert(kBlockGroup * LAYERDROP_REGISTER_BYTES % 64 == 0, "groups of blocks are whole vectors");
+  uint32_t words[kPart + 4 * kBlockGroup];
+
+  // For the part's elements, `element` and on, as many as whole vectors of them have.
+  template <typename T>
+  LAYERDROP_INLINE Keep<T> draw(const Dropout& dropout, uint64_t element, int64_t n) {
+    const T multiplier = static_cast<T>(dropout.multiplier);
+    if (dropout.threshold >= uint64_t{1} << 32) return {nullptr, dropout.threshold, multiplier};
+    const uint64_t first = element / 4, last = (element + static_cast<uint64_t>(padded(n)) + 3) / 4;
+    const int64_t groups = (static_cast<int64_t>(last - first) + kBlockGroup - 1) / kBlockGroup;
+    fill_blocks(dropout.key, dropout.site, first, groups * kBlockGroup, words);
+    return {words + element % 4, dropout.threshold, multiplier};
+  }
 };
 
 template <typename T>
 void add_branch(In x, In y, Out out, int64_t n, const Dropout& dropout, T scale, uint64_t element) {
   T x_room[kPart], y_room[kPart], out_room[kPart];
-  Mask mask(dropout);
+  Words words;
   for (int64_t start = 0; start < n; start += kPart) {
     const int64_t count = smaller(n - start, kPart);
     const T* from = read(part_of(x, start), count, x_room);
     const T* branch = read(part_of(y, start), count, y_room);
     T* to = open(part_of(out, start), count, out_room);
-    mask.draw(element + static_cast<uint64_t>(start), count);
+    const Keep<T> keep = words.draw<T>(dropout, element + static_cast<uint64_t>(start), count);
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vector<T> added = mask.apply<T>(load<Vector<T>>(branch + i), i) * scale;
+      const Vector<T> added = keep.apply(load<Vector<T>>(branch + i), i) * scale;
       store(load<Vector<T>>(from + i) + added, to + i);
     }
     close(to, count, part_of(out, start));
@@ -72,14 +78,14 @@ void add_branch(In x, In y, Out out, int64_t n, const Dropout& dropout, T scale,
 template <typename T>
 void branch_gradient(In grad, Out grad_y, int64_t n, const Dropout& dropout, T scale, uint64_t element) {
   T grad_room[kPart], out_room[kPart];
-  Mask mask(dropout);
+  Words words;
   for (int64_t start = 0; start < n; start += kPart) {
     const int64_t count = smaller(n - start, kPart);
     const T* from = read(part_of(grad, start), count, grad_room);
     T* to = open(part_of(grad_y, start), count, out_room);
-    mask.draw(element + static_cast<uint64_t>(start), count);
+    const Keep<T> keep = words.draw<T>(dropout, element + static_cast<uint64_t>(start), count);
     for (int64_t i = 0; i < count; i += kLanes<T>) {
-      store(mask.apply<T>(load<Vector<T>>(from + i), i) * scale, to + i);
+      store(keep.apply(load<Vector<T>>(from + i), i) * scale, to + i);
     }
     close(to, count, part_of(grad_y, start));
   }
@@ -154,18 +160,18 @@ void norm_gradient(In residual, In g, In xhat, T rstd, Out out, int64_t n, bool 
 
 template <Activation activation, typename T>
 void act_as(In u, Out a, int64_t n, const Dropout& dropout, uint64_t element) {
-  T u_room[kPart], gate_room[kPart], out_room[kPart];
-  Mask mask(dropout);
+  T u_room[kPart], value_room[kPart], out_room[kPart];
+  Words words;
   for (int64_t start = 0; start < n; start += kPart) {
     const int64_t count = smaller(n - start, kPart);
     const T* from = read(part_of(u, start), count, u_room);
-    const T* second = activation == Activation::kSwiglu ? read(part_of(u, n + start), count, gate_room) : nullptr;
+    const T* second = activation == Activation::kSwiglu ? read(part_of(u, n + start), count, value_room) : nullptr;
     T* to = open(part_of(a, start), count, out_room);
-    mask.draw(element + static_cast<uint64_t>(start), count);
+    const Keep<T> keep = words.draw<T>(dropout, element + static_cast<uint64_t>(start), count);
     for (int64_t i = 0; i < count; i += kLanes<T>) {
       Vector<T> value = activate<activation, T>(load<Vector<T>>(from + i)).value;
       if constexpr (activation == Activation::kSwiglu) value *= load<Vector<T>>(second + i);
-      store(mask.apply<T>(value, i), to + i);
+      store(keep.apply(value, i), to + i);
     }
     close(to, count, part_of(a, start));
   }
@@ -174,27 +180,27 @@ void act_as(In u, Out a, int64_t n, const Dropout& dropout, uint64_t element) {
 template <Activation activation, typename T>
 void act_bwd_as(In u, In grad_a, Out grad_u, Out a, int64_t n, const Dropout& dropout, uint64_t element) {
   constexpr bool kGated = activation == Activation::kSwiglu;
-  T u_room[kPart], second_room[kPart], grad_room[kPart], grad_u_room[kPart], grad_second_room[kPart], a_room[kPart];
-  Mask mask(dropout);
+  T u_room[kPart], value_room[kPart], grad_room[kPart], grad_u_room[kPart], grad_value_room[kPart], a_room[kPart];
+  Words words;
   for (int64_t start = 0; start < n; start += kPart) {
     const int64_t count = smaller(n - start, kPart);
     const T* from = read(part_of(u, start), count, u_room);
-    const T* second = kGated ? read(part_of(u, n + start), count, second_room) : nullptr;
+    const T* second = kGated ? read(part_of(u, n + start), count, value_room) : nullptr;
     const T* grad = read(part_of(grad_a, start), count, grad_room);
     T* to = open(part_of(grad_u, start), count, grad_u_room);
-    T* to_second = kGated ? open(part_of(grad_u, n + start), count, grad_second_room) : nullptr;
+    T* to_second = kGated ? open(part_of(grad_u, n + start), count, grad_value_room) : nullptr;
     T* again = open(part_of(a, start), count, a_room);
-    mask.draw(element + static_cast<uint64_t>(start), count);
+    const Keep<T> keep = words.draw<T>(dropout, element + static_cast<uint64_t>(start), count);
     for (int64_t i = 0; i < count; i += kLanes<T>) {
       const ValueAndSlope<T> at = activate<activation, T>(load<Vector<T>>(from + i));
-      const Vector<T> g = mask.apply<T>(load<Vector<T>>(grad + i), i);
+      const Vector<T> g = keep.apply(load<Vector<T>>(grad + i), i);
       if constexpr (kGated) {
         const Vector<T> value = load<Vector<T>>(second + i);
-        store(mask.apply<T>(at.value * value, i), again + i);
+        store(keep.apply(at.value * value, i), again + i);
         store(g * (at.slope * value), to + i);
         store(g * at.value, to_second + i);
       } else {
-        store(mask.apply<T>(at.value, i), again + i);
+        store(keep.apply(at.value, i), again + i);
         store(g * at.slope, to + i);
       }
     }

@@ -23,7 +23,7 @@ void scatter_residual_into(const Tensor& x_out,
     using T = decltype(zero);
     const RowKernels<T>& kernels = row_kernels<T>();
     const T factor = read_scale<T>(scale);
-    for_each_row<T>(shape, [&](int64_t sample, int64_t position, T*) {
+    for_each_row<T>(shape, 0, [&](int64_t sample, int64_t position, T*) {
       const int64_t row = kept.slot(sample);
       if (row < 0) return out.copy(stream.row(sample, position), sample, position);
       kernels.add_branch(stream.row(sample, position),
@@ -79,7 +79,7 @@ Tensor scatter_residual_bwd_cpu(Tensor grad_out,  // [B, ..., D]
     using T = decltype(zero);
     const RowKernels<T>& kernels = row_kernels<T>();
     const T factor = read_scale<T>(scale);
-    for_each_row<T>({kept.size(), shape.positions, shape.channels}, [&](int64_t row, int64_t position, T*) {
+    for_each_row<T>({kept.size(), shape.positions, shape.channels}, 0, [&](int64_t row, int64_t position, T*) {
       const int64_t sample = kept.sample(row);
       if (sample < 0) return out.clear(row, position);
       kernels.branch_gradient(grad.row(sample, position),

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> forward_into(const Tensor& x_out,
     const RowKernels<T>& kernels = row_kernels<T>();
     const T factor = read_scale<T>(scale);
     T* rstds = static_cast<T*>(rstd.mutable_data_ptr());
-    for_each_row<T>(shape, [&](int64_t sample, int64_t position, T* scratch) {
+    for_each_row<T>(shape, kScratchRows, [&](int64_t sample, int64_t position, T* scratch) {
       const In before = stream.row(sample, position);
       const Out after = out.row(sample, position);
       const int64_t row = rows.slot(sample), next_row = next_rows.slot(sample);
@@ -87,7 +87,7 @@ Tensor backward_into(const Tensor& grad_x,
     const RowKernels<T>& kernels = row_kernels<T>();
     const T factor = read_scale<T>(scale);
     const T* rstds = read_rstd<T>(packed_rstd, xhat);
-    for_each_row<T>(shape, [&](int64_t sample, int64_t position, T* scratch) {
+    for_each_row<T>(shape, kScratchRows, [&](int64_t sample, int64_t position, T* scratch) {
       const In before = stream.row(sample, position);
       const Out after = out.row(sample, position);
       const int64_t row = rows.slot(sample), next_row = next_rows.slot(sample);
@@ -180,6 +180,7 @@ Tensor scatter_residual_gather_norm_bwd_in_place_cpu(Tensor grad_x,  // comes as
                                                      ScalarType dtype) {
   check_in_place(grad_x, grad_xhat, "grad_xhat");
   check_in_place(grad_x, xhat, "xhat");
+  check_in_place(grad_x, rstd, "rstd");
   const Branches given(grad_x, rows, next_rows, dropout_p, key, site);
   return backward_into(grad_x, grad_x, grad_xhat, xhat, rstd, given, scale, rms, dtype);
 }

@@ -173,7 +173,9 @@ Dropout read_dropout(double p, const OptionalTensor& key, const OptionalTensor& 
   dropout.multiplier = p < 1 ? 1 / (1 - p) : 0;
   const Tensor packed = torch::stable::contiguous(*key);
   for (int i = 0; i < 4; ++i) dropout.key.x[i] = static_cast<uint32_t>(packed.const_data_ptr<int32_t>()[i]);
-  dropout.site = static_cast<uint32_t>(*site->const_data_ptr<int32_t>()) & 0xFFFFFFu;
+  const int32_t number = *site->const_data_ptr<int32_t>();
+  STD_TORCH_CHECK(number >= 256 && number < 1 << 24, "site: expected one in [256, 2^24), got ", number);
+  dropout.site = static_cast<uint32_t>(number);
   return dropout;
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -90,7 +91,7 @@ class Rows {
  public:
   // No tensor: all `batch` samples.
   Rows(const OptionalTensor& rows, const char* name, int64_t batch);
-  // Of a tensor that holds `kept` samples of a batch of any size. slot() is not known.
+  // Of a tensor that holds `kept` samples of a batch of any size: for sample() alone.
   static Rows numbering(const OptionalTensor& rows, int64_t kept);
 
   int64_t size() const { return static_cast<int64_t>(samples_.size()); }
@@ -122,23 +123,24 @@ Dropout read_dropout(double p, const OptionalTensor& key, const OptionalTensor& 
 template <typename T>
 T read_scale(const OptionalTensor& scale);
 
-// Calls body(sample, position, scratch) for all rows, on torch's threads. Each thread has a share of every sample's
-// positions where there are enough: kept samples cost more than others. `scratch` has room for the norm kernels.
+// Calls body(sample, position, scratch) for all rows, on torch's threads, with room for `scratch_rows` rows of T. Each
+// thread gets about its share of every sample, since kept samples cost more than others.
 template <typename T, typename Body>
-void for_each_row(const Shape& shape, const Body& body) {
+void for_each_row(const Shape& shape, int64_t scratch_rows, const Body& body) {
   constexpr int64_t kGrain = 1 << 15;  // channels: some ten microseconds of work
-  const bool by_position = shape.positions >= static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t items = by_position ? shape.positions : shape.samples * shape.positions;
-  const int64_t cost = shape.channels * (by_position ? shape.samples : 1);
+  // Rows of one sample follow each other in memory: go along them where that splits evenly, else across samples.
+  const bool along = shape.positions >= 8 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t items = along ? shape.positions : shape.positions * shape.samples;
+  const int64_t cost = std::max<int64_t>(along ? shape.samples * shape.channels : shape.channels, 1);
   const int64_t row = (shape.channels + kRowPadding - 1) / kRowPadding * kRowPadding;
-  torch::stable::parallel_for(0, items, kGrain / std::max<int64_t>(cost, 1) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(static_cast<size_t>(kScratchRows * row));
-    if (by_position) {
+  torch::stable::parallel_for(0, items, kGrain / cost + 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(scratch_rows * row)]);
+    if (along) {
       for (int64_t sample = 0; sample < shape.samples; ++sample) {
-        for (int64_t position = begin; position < end; ++position) body(sample, position, scratch.data());
+        for (int64_t position = begin; position < end; ++position) body(sample, position, scratch.get());
       }
     } else {
-      for (int64_t i = begin; i < end; ++i) body(i / shape.positions, i % shape.positions, scratch.data());
+      for (int64_t i = begin; i < end; ++i) body(i % shape.samples, i / shape.samples, scratch.get());
     }
   });
 }

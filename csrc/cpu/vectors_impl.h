@@ -46,7 +46,7 @@ LAYERDROP_INLINE Float32s from_bfloat16(Halves halves) {
   return bit_cast<Float32s>(__builtin_convertvector(halves, Bits32) << 16);
 }
 
-// To the nearest, halves to even; every NaN becomes the same one, as in torch.
+// To the nearest, halves to even; every NaN becomes the same one.
 LAYERDROP_INLINE Halves to_bfloat16(Float32s value) {
   const Bits32 bits = bit_cast<Bits32>(value);
   const Bits32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
@@ -78,12 +78,15 @@ LAYERDROP_INLINE Halves to_float16(Float32s value) {
 
 #else
 
-// The exponent moves from a bias of 15 to one of 127 by a multiplication, which normalises subnormal numbers as well.
+// A normal number's exponent moves from a bias of 15 to one of 127; a subnormal one counts units of 2^-24.
 LAYERDROP_INLINE Float32s from_float16(Halves halves) {
   const Bits32 bits = __builtin_convertvector(halves, Bits32), magnitude = bits & 0x7FFFu;
-  const Bits32 scaled = bit_cast<Bits32>(bit_cast<Float32s>(magnitude << 13) * 0x1p112f);
+  const Bits32 normal = (magnitude << 13) + 0x38000000u;
+  const Float32s units = __builtin_convertvector(bit_cast<Vector<int32_t> >(magnitude), Float32s);
+  const Bits32 small = bit_cast<Bits32>(units * 0x1p-24f);
   const Bits32 special = magnitude << 13 | 0x7F800000u | (magnitude > 0x7C00u ? Bits32{} + 0x400000u : Bits32{});
-  return bit_cast<Float32s>((magnitude >= 0x7C00u ? special : scaled) | (bits & 0x8000u) << 16);
+  const Bits32 finite = magnitude < 0x400u ? small : normal;
+  return bit_cast<Float32s>((magnitude >= 0x7C00u ? special : finite) | (bits & 0x8000u) << 16);
 }
 
 // Halves to even. Below 2^-14 the sum with 1/2 has float16's subnormal numbers for its last bits.

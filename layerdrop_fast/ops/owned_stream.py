@@ -2,14 +2,13 @@
 
     stream, xhat = enter(x, rows)                                            # a copy, so that x stays as it is
     stream, xhat = scatter_residual_gather_norm_(stream, y, rows, next_rows)  # once a branch, y from its xhat
-    stream = scatter_residual_(stream, y, rows)                               # the last branch
-    out = leave(stream)
+    out = scatter_residual_(stream, y, rows)                                  # the last branch
 
 The results and the gradients are those of the functional ops, bit for bit; saved bytes are the same.
 
-Forward overwrites the stream, and backward the stream's gradient: ``leave`` hands backward a gradient of its own, so
-that no one else's is written. Between ``enter`` and ``leave`` the stream is the stack's alone: it is not given to
-modules, hooks or users (a copy of it made in a way that backward copies too may be), it does not cross an activation
+Forward overwrites the stream. Backward overwrites its gradient, but only one that an op of this module made: the first
+to go backward makes it, those before it write it. Between ``enter`` and the result the stream is the stack's alone: it
+is not given to modules, hooks or users, who would see it change (a copy may be), it does not cross an activation
 checkpoint (a checkpoint round the whole stack or inside one branch is right), and it does not enter ``torch.compile``,
 where the functional ops do the same.
 """
@@ -54,7 +53,7 @@ def scatter_residual_(
     Raises: as there; ValueError: a stream that is not contiguous, or that shares memory with y. RuntimeError: in a
     compiled region.
     """
-    _check_stream(stream, y, rows)
+    _check_stream(stream, y, rows, scale, key, site)
     _checks.check_dropout(dropout_p, key, site, stream)
     scale_tensor = _checks.check_scale(scale, stream)
     return _ScatterResidual.apply(stream, y, rows, scale_tensor, dropout_p, key, site)  # type: ignore[no-any-return, no-untyped-call]
@@ -78,7 +77,7 @@ def scatter_residual_gather_norm_(
     Raises: as there; ValueError: a stream that is not contiguous, or that shares memory with y. RuntimeError: in a
     compiled region.
     """
-    _check_stream(stream, y, rows)
+    _check_stream(stream, y, rows, next_rows, scale, key, site)
     if next_rows is not rows:
         _checks.check_rows("next_rows", next_rows, stream, stream.shape[0])
     _checks.check_dropout(dropout_p, key, site, stream)
@@ -90,16 +89,11 @@ def scatter_residual_gather_norm_(
     return stream, xhat
 
 
-def leave(stream: Tensor) -> Tensor:
-    """The stream as the stack's result; its gradient is copied, so that backward may write it."""
-    return _Leave.apply(stream)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def _no_rows(like: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.int32, device=like.device)
 
 
-def _check_stream(stream: Tensor, y: Tensor, rows: Tensor | None) -> None:
+def _check_stream(stream: Tensor, y: Tensor, rows: Tensor | None, *others: object) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError("a stream that is written in place cannot be compiled: use the functional ops there")
     check_branch(stream, y, rows)
@@ -107,6 +101,23 @@ def _check_stream(stream: Tensor, y: Tensor, rows: Tensor | None) -> None:
         raise ValueError(f"stream: got strides {list(stream.stride())} for {list(stream.shape)}, expected contiguous")
     if y.numel() and y.untyped_storage().data_ptr() == stream.untyped_storage().data_ptr():
         raise ValueError("y: got a tensor in the stream's own memory, expected one in memory of its own")
+    # Autograd would find out after the stream is written.
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.is_inference() for v in (rows, *others)):
+        raise ValueError(
+            "rows, scale, key or site: got a tensor made in inference mode, expected one that can be saved"
+        )
+
+
+# A mark on the tensor itself, which autograd hands on as it is; a sum or a copy of it has none.
+_OWN = "_layerdrop_fast_own_gradient"
+
+
+def _is_own(grad: Tensor) -> bool:
+    return getattr(grad, _OWN, False)
+
+
+def _set_own(grad: Tensor, own: bool) -> None:
+    setattr(grad, _OWN, own)
 
 
 class _Enter(torch.autograd.Function):
@@ -121,22 +132,8 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_stream: Tensor) -> Tensor:
+        _set_own(grad_stream, False)
         return grad_stream
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(stream: Tensor) -> Tensor:
-        return stream
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_dirty(inputs[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
-        return grad_out.clone(memory_format=torch.contiguous_format)
 
 
 class _ScatterResidual(torch.autograd.Function):
@@ -181,18 +178,10 @@ class _ScatterResidualGatherNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_stream: Tensor, grad_xhat: Tensor, _: Tensor | None) -> Any:
         xhat, rstd, rows, next_rows, scale, key, site = ctx.saved_tensors
         need_y = ctx.needs_input_grad[1]
-        grad_y = _ops.scatter_residual_gather_norm_bwd_(
-            grad_stream,
-            grad_xhat,
-            xhat,
-            rstd,
-            rows if need_y else _no_rows(xhat),
-            next_rows,
-            scale,
-            ctx.dropout_p,
-            key,
-            site,
-            ctx.rms,
-            ctx.y_dtype,
-        )
+        branch = (rows if need_y else _no_rows(xhat), next_rows, scale, ctx.dropout_p, key, site, ctx.rms, ctx.y_dtype)
+        if _is_own(grad_stream):
+            grad_y = _ops.scatter_residual_gather_norm_bwd_(grad_stream, grad_xhat, xhat, rstd, *branch)
+        else:
+            grad_stream, grad_y = _ops.scatter_residual_gather_norm_bwd(grad_stream, grad_xhat, xhat, rstd, *branch)
+            _set_own(grad_stream, True)
         return grad_stream, grad_y if need_y else None, *[None] * 8

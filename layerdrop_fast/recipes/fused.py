@@ -95,11 +95,11 @@ class FusedEncoder(nn.Module):
                 stream = owned_stream.scatter_residual_(stream, y, **last)
             else:
                 stream, xhat = owned_stream.scatter_residual_gather_norm_(stream, y, eps=following.norm1.eps, **last)
-        return owned_stream.leave(stream)
+        return stream
 
 
 def _dropout(module: nn.Dropout, key: Tensor | None, site: Tensor) -> dict[str, Any]:
-    return {"dropout_p": module.p if module.training else 0.0, "key": key, "site": site}
+    return {"dropout_p": module.p if module.training and key is not None else 0.0, "key": key, "site": site}
 
 
 def _attention(layer: nn.TransformerEncoderLayer, xhat: Tensor) -> Tensor:
@@ -112,13 +112,16 @@ def _attention(layer: nn.TransformerEncoderLayer, xhat: Tensor) -> Tensor:
 
 def _activation(layer: nn.Module, name: str) -> str:
     """The name of the layer's activation, once it is known that the ops can run the layer."""
-    if not isinstance(layer, nn.TransformerEncoderLayer):
+    if type(layer) is not nn.TransformerEncoderLayer:  # a subclass may compute something else
         raise TypeError(f"{name} is a {type(layer).__name__}, expected an nn.TransformerEncoderLayer")
     attention = layer.self_attn
     expected = {"norm_first": True, "batch_first": True, "self_attn.dropout": 0.0}
     got = dict(zip(expected, (layer.norm_first, attention.batch_first, attention.dropout), strict=True))
     if got != expected:
         raise ValueError(f"{name}: got {got}, expected {expected}")
+    norms = type(layer.norm1), type(layer.norm2)
+    if norms != (nn.LayerNorm, nn.LayerNorm):
+        raise ValueError(f"{name}: got the norms {[norm.__name__ for norm in norms]}, expected LayerNorm twice")
     activation = layer.activation
     if activation is F.gelu or (isinstance(activation, nn.GELU) and activation.approximate == "none"):
         return "gelu"

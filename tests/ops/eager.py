@@ -248,11 +248,19 @@ _TENSORS = {
 }
 
 
+# What leads the arguments.
+KINDS = {parameter: kind for parameter, (kind, _, _) in _TENSORS.items()}
+
+
+def listed(returned: Any) -> list[Tensor]:
+    """What an op returns, however many there are."""
+    return [] if returned is None else [returned] if torch.is_tensor(returned) else list(returned)
+
+
 def results(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
     """What an op returns, after what it writes; its arguments are left alone."""
     written = [arguments[0].clone()] if name.endswith("_") else []
-    returned = function(*written, *arguments[len(written) :])
-    return written + ([] if returned is None else [returned] if torch.is_tensor(returned) else list(returned))
+    return written + listed(function(*written, *arguments[len(written) :]))
 
 
 def assert_agrees(name: str, case: Case, given: tuple[Any, ...] | None = None, *, from_terms: bool = False) -> None:

@@ -15,6 +15,7 @@ from tests.ops.eager import (
     ACTIVATIONS,
     DTYPES,
     KEY,
+    KINDS,
     LAYOUTS,
     NAMES,
     REFERENCE,
@@ -148,15 +149,16 @@ def test_in_place_gives_the_bits_of_out_of_place(name, dtype):
 
 
 def special_values(dtype: torch.dtype) -> torch.Tensor:
-    """Zeros, subnormals, ties between neighbours, what overflows; infinities, and a NaN that truncation makes one."""
+    """Zeros, subnormals, ties between neighbours, what overflows, infinities; NaNs that rounding may take elsewhere."""
     values = [0.0, torch.inf]
     for info in map(torch.finfo, DTYPES):
         values += [1 + k * info.eps / 4 for k in range(9)]
         values += [info.tiny * k for k in (1, info.eps / 2, info.eps, 1.5 * info.eps)]
         values += [info.max * k for k in (0.5, 1, 1 + info.eps / 4)]
     numbers = torch.tensor([*values, *(-value for value in values)], dtype=torch.float64).to(dtype)
-    nan = as_bits(torch.tensor([torch.inf], dtype=dtype)).add(1).view(dtype)
-    return torch.cat([numbers, nan])
+    infinite = as_bits(torch.tensor([torch.inf], dtype=dtype))
+    nans = infinite + 1, torch.full_like(infinite, torch.iinfo(infinite.dtype).max)
+    return torch.cat([numbers, *(nan.view(dtype) for nan in nans)])
 
 
 @each_dtype
@@ -181,6 +183,13 @@ def test_special_values_are_rounded_as_in_the_reference(instructions, dtype, req
                 assert same_bits(got.masked_fill(nan, 0), expected.masked_fill(nan, 0))
 
 
+def assert_strides_do_not_matter(name, strided, contiguous):
+    if has_cpu_kernel(name):
+        assert all_same(strided, contiguous)
+    else:  # the order in which torch sums channels depends on strides
+        torch.testing.assert_close(strided, contiguous)
+
+
 @each_dtype
 @each_op
 def test_any_strides(name, dtype):
@@ -191,7 +200,7 @@ def test_any_strides(name, dtype):
             given = [layout(value) if torch.is_tensor(value) else value for value in contiguous]
             if name in IN_PLACE:
                 given[0] = contiguous[0]
-            assert all_same(results(name, op(name), tuple(given)), expected)
+            assert_strides_do_not_matter(name, results(name, op(name), tuple(given)), expected)
 
 
 @each_op
@@ -207,7 +216,7 @@ def test_expanded(name):
                     results(name, op(name), (*given[:i], each, *given[i + 1 :]))
                     for each in (expanded, expanded.contiguous())
                 )
-                assert all_same(got, expected)
+                assert_strides_do_not_matter(name, got, expected)
 
 
 def unread(case: Case, kind: str) -> list[int]:
@@ -218,12 +227,10 @@ def unread(case: Case, kind: str) -> list[int]:
 @each_op
 def test_what_is_dropped_or_spare_is_not_read(name, dtype):
     """A dropped sample, where it is part of the result, passes bit for bit."""
-    kinds = dict.fromkeys(("x", "grad_out", "grad_x_out", "grad_x"), "B")
-    kinds |= {"y": "K", "u": "K", "grad_a": "K", "xhat": "N", "grad_xhat": "N", "rstd": "N"}
     case = Case((5, 3, 33), dtype, **USUAL)
     clean = case.arguments(name)
     given = tuple(
-        with_nan_payloads(value, unread(case, kinds[parameter])) if parameter in kinds else value
+        with_nan_payloads(value, unread(case, KINDS[parameter])) if parameter in KINDS else value
         for parameter, value in zip(parameters(name), clean, strict=True)
     )
     expected = results(name, op(name), clean)

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerdrop_fast import _library, ops
-from tests.ops.eager import DTYPES, LAYOUTS, NAMES, Case, has_cpu_kernel, op, parameters, rows_of, tensor
+from tests.ops.eager import DTYPES, LAYOUTS, NAMES, Case, has_cpu_kernel, listed, op, parameters, rows_of, tensor
 
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 SHAPES = {2: (4, 6), 3: (4, 3, 6), 4: (4, 3, 2, 6)}
@@ -18,10 +18,6 @@ SOME = {"rows": (0, 2, 3), "next_rows": (1,)}
 
 def in_place(name: str) -> bool:
     return name.endswith("_")
-
-
-def listed(outputs) -> list[torch.Tensor]:
-    return [] if outputs is None else list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 @pytest.mark.parametrize("rank", SHAPES)

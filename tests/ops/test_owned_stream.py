@@ -51,7 +51,7 @@ def in_place(x, weights, plan, norm="layernorm", branch=branch):
             stream, y, rows[i], rows[i + 1], norm=norm, **dropout(i)
         )
     y = branch(xhat, weights[-1])
-    return owned_stream.leave(owned_stream.scatter_residual_(stream, y, rows[-1], **dropout(len(plan) - 1)))
+    return owned_stream.scatter_residual_(stream, y, rows[-1], **dropout(len(plan) - 1))
 
 
 def leaves(plan, *, shape=(BATCH, 3, 17), dtype=torch.float64, branch_dtype=None, x_needs=True, y_needs=True):
@@ -124,10 +124,10 @@ def test_strided_input():
     assert_same_bits(gradients(out, x, weights), gradients(expected, x, weights))
 
 
-@pytest.mark.parametrize("dropout_free", [ROWS[:1], ((0, 2), None, (1, -1))])
-def test_gradcheck(dropout_free):
-    x, weights = leaves(dropout_free, shape=(BATCH, 4))
-    assert torch.autograd.gradcheck(lambda x, *weights: in_place(x, weights, dropout_free), (x, *weights))
+@pytest.mark.parametrize("plan", [ROWS[:1], ((0, 2), None, (1, -1))])
+def test_gradcheck(plan):
+    x, weights = leaves(plan, shape=(BATCH, 4))
+    assert torch.autograd.gradcheck(lambda x, *weights: in_place(x, weights, plan), (x, *weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -163,12 +163,34 @@ def test_inside_an_activation_checkpoint(use_reentrant):
     assert_same_bits(*found)
 
 
+def test_a_gradient_from_elsewhere_is_not_written():
+    """Of a copy of the stream, and of a stream in the middle; both are handed on by autograd as they came."""
+    for copy in (torch.clone, lambda stream: stream.transpose(0, 1).clone(), lambda stream: stream):
+        x = tensor(4, 3, 8).requires_grad_()
+        stream, xhat = owned_stream.enter(x)
+        copied = copy(stream)
+        grads = tensor(*copied.shape, seed=1), tensor(*xhat.shape, seed=2)
+        before = grads[0].clone()
+        (grad_x,) = torch.autograd.grad([copied, xhat], x, grads, retain_graph=True)
+        assert same_bits(grads[0], before)
+        kept = grad_x.clone()
+        # Nor one that backward returned before.
+        torch.autograd.grad([stream, xhat], x, [grad_x, grads[1]])
+        assert same_bits(grad_x, kept)
+
+
+def test_backward_makes_one_gradient_and_writes_it(backward_calls):
+    x, weights = leaves(ALL_AND_SOME)
+    calls = backward_calls(in_place(x, weights, ALL_AND_SOME))
+    assert calls.count("layerdrop_fast.scatter_residual_gather_norm_bwd") == 1
+    assert calls.count("layerdrop_fast.scatter_residual_gather_norm_bwd_") == len(ALL_AND_SOME) - 1
+
+
 def test_everything_dropped_is_a_differentiable_identity():
     x = with_nan_payloads(tensor(4, 3, 8), [2]).requires_grad_()
     grad = with_nan_payloads(tensor(4, 3, 8, seed=1), [1])
-    stream, xhat = owned_stream.enter(x, rows_of())
+    out, xhat = owned_stream.enter(x, rows_of())
     assert xhat.shape == (0, 3, 8)
-    out = owned_stream.leave(stream)
     assert same_bits(out, x)
     assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     (grad_x,) = torch.autograd.grad(out, x, grad)
@@ -184,7 +206,7 @@ class GradientsOfBranches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.namespace == "layerdrop_fast":
-            self.rows += len(out)
+            self.rows += len(out[-1] if isinstance(out, tuple) else out)  # grad_y comes last
         return out
 
 
@@ -237,7 +259,7 @@ def in_place_around(x, y):
     rows = rows_of(0, 2)
     stream, _ = owned_stream.enter(x, rows)
     stream, _ = owned_stream.scatter_residual_gather_norm_(stream, y, rows, rows, **dropout(1))
-    return owned_stream.leave(owned_stream.scatter_residual_(stream, y, rows, **dropout(1)))
+    return owned_stream.scatter_residual_(stream, y, rows, **dropout(1))
 
 
 BAD = [
@@ -316,3 +338,15 @@ def test_double_backward_is_refused():
     grad_x, *_ = gradients(in_place(x, weights, ROWS), x, weights, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad_x.sum().backward()
+
+
+def test_arguments_that_cannot_be_saved_are_refused_before_the_stream_is_written():
+    x = tensor(4, 3, 8).requires_grad_()
+    stream, xhat = owned_stream.enter(x)
+    with torch.inference_mode():
+        rows = rows_of(0, 2)
+    before = stream.detach().clone()
+    for call in (owned_stream.scatter_residual_, owned_stream.scatter_residual_gather_norm_):
+        with pytest.raises(ValueError, match="got a tensor of inference mode"):
+            call(stream, xhat[:2], rows)
+    assert same_bits(stream, before)
