@@ -103,9 +103,7 @@ def _check_stream(stream: Tensor, y: Tensor, rows: Tensor | None, *others: objec
         raise ValueError("y: got a tensor in the stream's own memory, expected one in memory of its own")
     # Autograd would find out after the stream is written.
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.is_inference() for v in (rows, *others)):
-        raise ValueError(
-            "rows, scale, key or site: got a tensor made in inference mode, expected one that can be saved"
-        )
+        raise ValueError("rows, scale, key, site: got a tensor of inference mode, expected one that can be saved")
 
 
 # A mark on the tensor itself, which autograd hands on as it is; a sum or a copy of it has none.
