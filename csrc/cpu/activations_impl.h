@@ -91,8 +91,14 @@ LAYERDROP_INLINE Vector<double> exponential(Vector<double> x) {
 }
 
 template <typename T>
-LAYERDROP_INLINE Vector<T> sigmoid(Vector<T> x) {
-  return T{1} / (T{1} + exponential(-x));
+struct Sigmoid {
+  Vector<T> value, complement;  // complement = 1 - value, with the digits that the difference would lose
+};
+
+template <typename T>
+LAYERDROP_INLINE Sigmoid<T> sigmoid(Vector<T> x) {
+  const Vector<T> e = exponential(-x), value = T{1} / (T{1} + e);
+  return {value, x > T{0} ? e * value : T{1} - value};
 }
 
 template <typename T>
@@ -106,14 +112,14 @@ template <typename T>
 LAYERDROP_INLINE ValueAndSlope<T> gelu_tanh(Vector<T> u) {
   constexpr T kTwiceSlope = T(1.59576912160573071176);  // 2 sqrt(2 / pi)
   const Vector<T> square = u * u;
-  const Vector<T> s = sigmoid<T>(kTwiceSlope * (u + T(0.044715) * square * u));
-  return {u * s, s + u * s * (T{1} - s) * kTwiceSlope * (T{1} + T(3 * 0.044715) * square)};
+  const Sigmoid<T> s = sigmoid<T>(kTwiceSlope * (u + T(0.044715) * square * u));
+  return {u * s.value, s.value + u * s.value * s.complement * kTwiceSlope * (T{1} + T(3 * 0.044715) * square)};
 }
 
 template <typename T>
 LAYERDROP_INLINE ValueAndSlope<T> silu(Vector<T> u) {
-  const Vector<T> s = sigmoid<T>(u);
-  return {u * s, s * (T{1} + u * (T{1} - s))};
+  const Sigmoid<T> s = sigmoid<T>(u);
+  return {u * s.value, s.value * (T{1} + u * s.complement)};
 }
 
 template <typename T>

@@ -99,7 +99,7 @@ def _check_stream(stream: Tensor, y: Tensor, rows: Tensor | None, *others: objec
     check_branch(stream, y, rows)
     if not stream.is_contiguous():
         raise ValueError(f"stream: got strides {list(stream.stride())} for {list(stream.shape)}, expected contiguous")
-    if y.numel() and y.untyped_storage().data_ptr() == stream.untyped_storage().data_ptr():
+    if y.numel() and y.untyped_storage()._cdata == stream.untyped_storage()._cdata:
         raise ValueError("y: got a tensor in the stream's own memory, expected one in memory of its own")
     # Autograd would find out after the stream is written.
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.is_inference() for v in (rows, *others)):

@@ -20,6 +20,8 @@ def take(x: Tensor, rows: Tensor | None) -> Tensor:
     """``x[rows[k]]``; 0 for a spare row."""
     if rows is None:
         return x
+    if x.shape[0] == 0:  # all rows are spare
+        return x.new_zeros(rows.shape[0], *x.shape[1:])
     return clear_spare(x.index_select(0, rows.clamp(min=0)), rows)
 
 

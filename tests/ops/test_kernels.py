@@ -100,7 +100,7 @@ def test_rows_and_dropout(name, dtype):
 @each_op
 def test_one_sample_and_none(name):
     for shape in ((1, 17), (1, 3, 17), (0, 17), (0, 3, 17)):
-        for rows in (None, (), (0,), (0, -1)) if shape[0] else (None, ()):
+        for rows in (None, (), (0,), (0, -1)) if shape[0] else (None, (), (-1,)):
             assert_agrees(name, Case(shape, rows=rows, next_rows=rows, p=0.3))
 
 
