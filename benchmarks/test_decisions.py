@@ -13,15 +13,7 @@ import torch
 from layerdrop_fast import DropSchedule, draw_plan
 
 LAYERS, P = 40, 0.2
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Host work is measured on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+THREADS = 1
 
 
 def ours():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -113,6 +114,36 @@ def test_a_pure_python_install(tmp_path, environment, said):
 def test_a_compiled_install(tmp_path):
     wheel, _ = build_wheel(tmp_path, CFLAGS="-Werror")
     assert "layerdrop_fast/_C" + sysconfig.get_config_var("EXT_SUFFIX") in zipfile.ZipFile(wheel).namelist()
+
+
+def run_setup(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=300,
+    )
+
+
+def test_the_source_distribution_has_all_that_the_build_reads(tmp_path):
+    base = tmp_path / "metadata"
+    base.mkdir()
+    result = run_setup("egg_info", "-e", str(base), "sdist", "-d", str(tmp_path), LAYERDROP_FAST_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[-1] for name in opened.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert len(sources) > 20
+    assert sources | {"setup.py", "pyproject.toml", "layerdrop_fast/py.typed", "LICENSE", "README.md"} <= names
+
+
+def test_a_compiler_that_is_not_there_is_an_error():
+    result = run_setup("--version", CXX="no-such-compiler -v")
+    assert result.returncode != 0
+    assert "CXX is 'no-such-compiler -v', which is not found" in result.stderr
 
 
 def test_setup_stays_short():

@@ -12,10 +12,9 @@ struct ValueAndSlope {
   Vector<T> value, slope;
 };
 
-// Sums of polynomials stand in pairs (Estrin's scheme): their terms need not wait for one another.
+// Polynomials are added in pairs (Estrin's scheme): their terms need not wait for one another.
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; `power` is 2^n for n in [-126, 127], its bits those of 2^127 plus one exponent
-// for 128, and `rest` is exp(r).
+// exp(x) = power * rest: x = n ln 2 + r with |r| <= ln 2 / 2, power = 2^n for n in [-126, 127], rest = exp(r).
 struct Exponential {
   Float32s power, rest;
 };
@@ -43,7 +42,7 @@ LAYERDROP_INLINE Float32s exponential_of_negative(Float32s x) {
 // The same for any x; a result below 2^-125 is 0, one above float32 infinite.
 LAYERDROP_INLINE Float32s exponential(Float32s x) {
   const Exponential parts = exponential_parts(x);
-  // 2^128 has no float32: half of the power, twice the result.
+  // n = 128 has left in power the bits of an exponent that float32 does not have: half of it, twice the result.
   const Float32s half_power = bit_cast<Float32s>(bit_cast<Bits32>(parts.power) - (1u << 23));
   const Float32s result = parts.rest * half_power * 2.0f;
   const Float32s saturated = x > 0x1.62e43p6f ? Float32s{} + __builtin_inff() : result;

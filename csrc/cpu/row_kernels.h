@@ -40,6 +40,9 @@ enum class Activation : uint8_t { kGelu, kGeluTanh, kRelu, kSilu, kSwiglu };
 
 // The norm kernels want room for this many rows of channels, each rounded up to kRowPadding elements.
 constexpr int64_t kScratchRows = 3, kRowPadding = 16;
+constexpr int64_t padded(int64_t n) {
+  return (n + kRowPadding - 1) / kRowPadding * kRowPadding;
+}
 
 // T is the arithmetic: double for a stream of float64, else float. n counts channels; `element` is the number of the
 // row's first one in the full tensor. An In and an Out may be the same row, otherwise they do not overlap.

@@ -64,7 +64,6 @@ class Output {
   Out row(int64_t sample, int64_t position) const {
     return {data_ + (sample * positions_ + position) * row_bytes_, dtype_};
   }
-  In read(int64_t sample, int64_t position) const { return {row(sample, position).data, dtype_}; }
   // Does nothing where the row stands there already.
   void copy(In row, int64_t sample, int64_t position) const;
   void clear(int64_t sample, int64_t position) const;
@@ -75,11 +74,12 @@ class Output {
   int64_t positions_, row_bytes_;
 };
 
-// A new tensor of `samples` samples, otherwise like `like`; without channels it is like its rows.
+// A new tensor of `samples` samples, otherwise of the sizes of `like`.
 Tensor new_like(const Tensor& like, int64_t samples, ScalarType dtype);
+// One number for each row of such a tensor, in the arithmetic's dtype.
 Tensor new_rstd(const Tensor& like, int64_t samples);
 
-// 1/sqrt(...) of each row, in the arithmetic's dtype.
+// What new_rstd made, for the rows of xhat.
 template <typename T>
 const T* read_rstd(const Tensor& rstd, const Tensor& xhat);
 
@@ -132,9 +132,8 @@ void for_each_row(const Shape& shape, int64_t scratch_rows, const Body& body) {
   const bool along = shape.positions >= 8 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t items = along ? shape.positions : shape.positions * shape.samples;
   const int64_t cost = std::max<int64_t>(along ? shape.samples * shape.channels : shape.channels, 1);
-  const int64_t row = (shape.channels + kRowPadding - 1) / kRowPadding * kRowPadding;
   torch::stable::parallel_for(0, items, kGrain / cost + 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(scratch_rows * row)]);
+    const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(scratch_rows * padded(shape.channels))]);
     if (along) {
       for (int64_t sample = 0; sample < shape.samples; ++sample) {
         for (int64_t position = begin; position < end; ++position) body(sample, position, scratch.get());

@@ -102,10 +102,6 @@ LAYERDROP_INLINE Halves to_float16(Float32s value) {
 
 #endif
 
-constexpr int64_t padded(int64_t n) {
-  return (n + kRowPadding - 1) / kRowPadding * kRowPadding;
-}
-
 template <Float32s convert(Halves)>
 LAYERDROP_INLINE void widen(const void* source, int64_t n, float* wide) {
   const char* from = static_cast<const char*>(source);

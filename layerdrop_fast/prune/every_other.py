@@ -37,6 +37,7 @@ def every_other(num_layers: int, *, kept: int | None = None, p: float | None = N
         if period and abs(p * period - 1) < 1e-9:
             return [layer for layer in range(num_layers) if (layer + 1) % period != 0]
         kept = round((1 - p) * num_layers)
-    if not 0 <= check_count(kept, "kept", 0) <= num_layers:  # type: ignore[arg-type]
+    assert kept is not None  # one of the two was given
+    if not 0 <= check_count(kept, "kept", 0) <= num_layers:
         raise ValueError(f"kept is {kept}, expected 0 to {num_layers}")
-    return [i * num_layers // kept for i in range(kept)]  # type: ignore[operator,arg-type]
+    return [i * num_layers // kept for i in range(kept)]
