@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from layerdrop_fast._extension import missing, planner
+from layerdrop_fast.reference.philox import random_bits
 from tests.ops.eager import (
     ACTIVATIONS,
     DTYPES,
@@ -299,6 +300,16 @@ def test_what_is_dropped_out_may_be_anything():
         assert same_bits(op("scatter_residual")(zeros, y, None, None, p, KEY, SITE), out)
         assert same_bits(op("scatter_residual_bwd")(y, None, None, p, KEY, SITE, y.dtype), out)
         assert same_bits(op("act")(y, None, "relu", p, KEY, SITE), out)
+
+
+@each_dtype
+def test_an_element_is_kept_iff_its_word_is_below_the_threshold(dtype):
+    """Of 1,000 words, at thresholds of each of some words and of its successor."""
+    ones = torch.ones(1, 1000, dtype=dtype)
+    words = random_bits(KEY, SITE, torch.arange(1000))
+    for threshold in (int(words[i]) + more for i in (0, 16, 999) for more in (0, 1)):
+        kept = op("act")(ones, None, "relu", 1 - threshold / 2**32, KEY, SITE)[0] != 0
+        assert torch.equal(kept, words < threshold)
 
 
 def test_elements_are_numbered_beyond_32_bits():

@@ -157,7 +157,7 @@ BAD = {
     "rstd": {"dtype": lambda v: v.int(), "precision": lambda v: v.half(), "too few": lambda v: v[:1]},
     "scale": {"dtype": lambda v: v.int(), "precision": lambda v: v.double(), "none": lambda v: v[None][:0]},
     "key": SINGLE,
-    "site": SINGLE,
+    "site": SINGLE | {str(site): lambda v, site=site: torch.full_like(v, site) for site in (-1, 255, 2**24)},
     "batch_size": {"negative": lambda v: -1, "too small": lambda v: 1},
     "dtype": {"integer": lambda v: torch.int32},
     "activation": {"unknown": lambda v: "elu"},
@@ -216,8 +216,9 @@ def test_kernels_in_place_refuse_a_stream_that_is_not_their_own(name):
             op(name)(expanded, *others)
         assert torch.equal(expanded, before)
     for i, value in enumerate(others):
-        if torch.is_tensor(value) and value.dim() == 3:
-            for part in (stream[:2], stream[2:], stream[1::2], stream.flatten()[5:41].view(2, 3, 6)):
+        if torch.is_tensor(value) and value.dim() > 1:  # a branch, or rstd
+            whole = stream if value.dim() == 3 else stream[..., 0]
+            for part in (whole[:2], whole[2:], whole[1::2], stream.flatten()[5:][: value.numel()].view(value.shape)):
                 given = (*others[:i], part, *others[i + 1 :])
                 before = stream.clone()
                 with pytest.raises(RuntimeError, match="shares memory with the stream"):

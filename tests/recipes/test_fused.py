@@ -224,6 +224,30 @@ def test_layers_that_the_ops_cannot_run_are_named(keywords, message):
         FusedEncoder([*layers_of(1), bad], 0.5)
 
 
+def test_dropout_without_a_plan_is_off():
+    """In evaluation there is no plan, and so no key to draw masks with."""
+    encoder, x = FusedEncoder(layers_of(rate=0.5), 0.5, seed=0).eval(), data()
+    expected = encoder(x)
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert torch.equal(encoder(x), expected)
+
+
+def test_layers_that_compute_something_else_are_refused():
+    class Other(nn.TransformerEncoderLayer):
+        pass
+
+    with pytest.raises(TypeError, match=r"layer 0 is a Other, expected an nn\.TransformerEncoderLayer"):
+        FusedEncoder([Other(WIDTH, HEADS, **MADE)])
+    (layer,) = layers_of(1)
+    layer.norm2 = nn.RMSNorm(WIDTH)
+    with pytest.raises(
+        ValueError, match=r"layer 0: got the norms \['LayerNorm', 'RMSNorm'\], expected LayerNorm twice"
+    ):
+        FusedEncoder([layer])
+
+
 def test_other_modules_are_named():
     with pytest.raises(TypeError, match=r"layer 0 is a Linear, expected an nn\.TransformerEncoderLayer"):
         FusedEncoder([nn.Linear(4, 4)], 0.5)
