@@ -1,12 +1,10 @@
 #include "planner.h"
 
 #include <algorithm>
-#include <cmath>
-#include <utility>
 #include <vector>
 
 #include "cpu/instruction_sets.h"
-#include "philox.h"
+#include "plan_rules.h"
 
 namespace layerdrop_fast {
 namespace {
@@ -19,7 +17,7 @@ class SiteWords {
   SiteWords(const Philox4& key, uint32_t site) : key_(key), site_(site) {}
 
   // The word of one element.
-  uint32_t at(uint64_t element) const { return random_block(key_, site_, element / 4).x[element % 4]; }
+  uint32_t at(uint64_t element) const { return unit_word(key_, site_, element); }
 
   // The words of elements first .. first + count, valid until the next call.
   const uint32_t* range(uint64_t first, int64_t count) {
@@ -50,8 +48,7 @@ class Planner {
     for (int64_t l = 0; l < request_.num_layers; ++l) {
       const double rate = request_.rates[l];
       if (!(rate >= 0.0 && rate <= 1.0)) return false;
-      // llrint rounds half to even, as Python and torch do.
-      thresholds_.push_back(static_cast<uint64_t>(std::llrint((1.0 - rate) * 4294967296.0)));
+      thresholds_.push_back(threshold_of(rate));
     }
     if (request_.systematic) {
       systematic();
@@ -77,7 +74,7 @@ class Planner {
         const int64_t here = std::min(count - done, (layer + 1) * batch - first - done);
         const uint64_t t = thresholds_[layer];
         bool* keep = keep_ + first + done;
-        for (int64_t i = 0; i < here; ++i) keep[i] = words[done + i] < t;
+        for (int64_t i = 0; i < here; ++i) keep[i] = is_kept(words[done + i], t);
         done += here;
       }
     }
@@ -86,50 +83,46 @@ class Planner {
   void top_up_bernoulli(int64_t group) {
     const SiteWords site(key_, kSiteKeep);
     top_up(keep_ + group * group_size_, [&](int64_t unit) {
-      const int64_t word = site.at(static_cast<uint64_t>(group * group_size_ + unit));
-      return word - static_cast<int64_t>(threshold(group, unit));
+      return dropped_priority(site.at(static_cast<uint64_t>(group * group_size_ + unit)), threshold(group, unit));
     });
   }
 
-  // Systematic sampling (Madow 1949): units end to end in random order, kept where a comb with teeth at
-  // start, start + 2^32, ... hits them.
   void systematic() {
     SiteWords sort_keys(key_, kSitePermutation), starts(key_, kSiteStart);
-    std::vector<uint64_t> order(group_size_);  // sort key << 32 | unit
-    std::vector<int64_t> place(group_size_);
+    std::vector<uint64_t> order(group_size_);
+    std::vector<uint32_t> place(group_size_);
     for (int64_t group = 0; group < num_groups_; ++group) {
       const uint32_t* words = sort_keys.range(static_cast<uint64_t>(group * group_size_), group_size_);
       for (int64_t unit = 0; unit < group_size_; ++unit) {
-        order[unit] = uint64_t{words[unit]} << 32 | static_cast<uint64_t>(unit);
+        order[unit] = order_key(words[unit], static_cast<uint32_t>(unit));
       }
       std::sort(order.begin(), order.end());
 
-      const uint64_t start = starts.at(static_cast<uint64_t>(group));
+      const uint32_t start = starts.at(static_cast<uint64_t>(group));
       bool* keep = keep_ + group * group_size_;
-      uint64_t end = 0, teeth = 0;
+      uint64_t end = 0;
       for (int64_t i = 0; i < group_size_; ++i) {
         const int64_t unit = static_cast<uint32_t>(order[i]);
-        end += threshold(group, unit);
-        const uint64_t teeth_before_end = (end + 0xFFFFFFFFu - start) >> 32;
-        keep[unit] = teeth_before_end > teeth;
-        teeth = teeth_before_end;
-        place[unit] = i;
+        const uint64_t t = threshold(group, unit);
+        end += t;
+        keep[unit] = is_hit(end, t, start);
+        place[unit] = static_cast<uint32_t>(i);
       }
       if (request_.min_kept > 0) top_up(keep, [&](int64_t unit) { return place[unit]; });
     }
   }
 
-  // Keeps the dropped units of lowest priority until min_kept are kept; equal priorities by index.
+  // Keeps the dropped units that come first until min_kept are kept.
   template <typename Priority>
   void top_up(bool* keep, Priority priority) {
     const int64_t missing = request_.min_kept - std::count(keep, keep + group_size_, true);
     if (missing <= 0) return;
-    std::vector<std::pair<int64_t, int64_t>> dropped;  // (priority, unit)
+    std::vector<uint64_t> dropped;
     for (int64_t unit = 0; unit < group_size_; ++unit) {
-      if (!keep[unit]) dropped.emplace_back(priority(unit), unit);
+      if (!keep[unit]) dropped.push_back(order_key(priority(unit), static_cast<uint32_t>(unit)));
     }
     std::partial_sort(dropped.begin(), dropped.begin() + missing, dropped.end());
-    for (int64_t i = 0; i < missing; ++i) keep[dropped[i].second] = true;
+    for (int64_t i = 0; i < missing; ++i) keep[static_cast<uint32_t>(dropped[i])] = true;
   }
 
   const PlanRequest& request_;

@@ -1,8 +1,9 @@
 #include "tensors.h"
 
-#include <cmath>
 #include <cstring>
 #include <numeric>
+
+#include "../plan_rules.h"
 
 namespace layerdrop_fast {
 
@@ -169,7 +170,7 @@ Dropout read_dropout(double p, const OptionalTensor& key, const OptionalTensor& 
                   "key: expected int32 [4] on the CPU");
   STD_TORCH_CHECK(site && site->is_cpu() && site->scalar_type() == ScalarType::Int && site->numel() == 1,
                   "site: expected int32 [] on the CPU");
-  dropout.threshold = static_cast<uint64_t>(std::nearbyint((1 - p) * 0x1p32));
+  dropout.threshold = threshold_of(p);
   dropout.multiplier = p < 1 ? 1 / (1 - p) : 0;
   const Tensor packed = torch::stable::contiguous(*key);
   for (int i = 0; i < 4; ++i) dropout.key.x[i] = static_cast<uint32_t>(packed.const_data_ptr<int32_t>()[i]);
