@@ -54,6 +54,11 @@ LAYERDROP_INLINE Philox4 step_key(uint64_t seed, uint64_t step, uint64_t stream)
   return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
+// Past 2^64 - 1 comes 0.
+LAYERDROP_INLINE int64_t next_step(int64_t step) {
+  return static_cast<int64_t>(static_cast<uint64_t>(step) + 1);
+}
+
 // The four u32 of elements 4 * block to 4 * block + 3. site < 2^24, block < 2^40.
 LAYERDROP_INLINE Philox4 random_block(const Philox4& key, uint32_t site, uint64_t block) {
   const uint32_t block_hi = static_cast<uint32_t>(block >> 32);

@@ -3,14 +3,14 @@
 ``norm_linear`` and ``act_linear`` are not here: they are compositions in ``ops/`` of torch's matrix products with
 ``gather_norm`` and with the elementwise halves ``act`` and ``act_bwd``.
 
-``reference/`` implements each op for every device (CompositeExplicitAutograd), ``csrc/`` takes the CPU key, Triton the
-CUDA key; the dispatcher chooses. Gradients stand outside, in the ``autograd.Function``s of ``ops/``.
+``reference/`` implements each op for every device (CompositeExplicitAutograd), ``csrc/`` takes the CPU key, Triton and
+``csrc/cuda/`` the CUDA key; the dispatcher chooses. Gradients stand outside, in the ``autograd.Function``s of ``ops/``.
 
 Every backend keeps to this:
 
 - Inputs may have any strides and are never written; outputs are new and contiguous. An op whose name ends in an
-  underscore writes its first tensor, which is contiguous and shares no memory with another argument, in place of
-  returning it: kernels read and write only the samples that change.
+  underscore writes its first tensor, which is contiguous and shares no memory with another argument: a stream, in place
+  of returning it, so that kernels read and write only the samples that change; or the counters, whose step it advances.
 - B samples, K rows, S positions (the product of the middle dimensions, which may be none), D channels. ``rows`` are
   ascending, without duplicates; None means all samples in order, K = B. K may be 0.
 - A row of -1 is a spare row (a captured graph has room for more rows than a step keeps): it reads nothing and writes
@@ -43,6 +43,17 @@ draw_plan(
       Tensor rows,            # int32 [L, B], the kept samples of each layer, ascending, padded with -1
       Tensor slot,            # int32 [L, B], a sample's place in rows, or -1
       Tensor kept)            # int64 [L], how many samples each layer keeps
+
+draw_plan_(
+    Tensor(a!) counters,      # int64 [3]: seed, step, stream; the step becomes the next one, past 2^64 - 1 it is 0
+    Tensor rates,             # float64 [L], drop rates in [0, 1]
+    SymInt? batch_size,       # B >= 1; None is batch granularity, B = 1
+    bool systematic,          # fixed-size sampling instead of independent decisions
+    SymInt min_kept,          # in [0, L] (batch granularity) or [0, B]
+) -> (Tensor keep,            # bool [L, B]; all as draw_plan draws them at the step that was given
+      Tensor rows,            # int32 [L, B]
+      Tensor slot,            # int32 [L, B]
+      Tensor kept)            # int64 [L]
 
 gather_norm(
     Tensor x,                 # [B, ..., D] f64|f32|bf16|f16

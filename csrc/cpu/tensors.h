@@ -2,10 +2,6 @@
 // Checks here protect memory; layerdrop_fast/ops tells users what is wrong.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -14,15 +10,11 @@
 #include <tuple>
 #include <vector>
 
+#include "../stable_abi.h"
 #include "instruction_sets.h"
-
-// Above the installed torch, the headers would compile and the object would not load.
-static_assert(TORCH_TARGET_VERSION <= TORCH_ABI_VERSION, "the stable ABI's target is newer than the installed torch");
 
 namespace layerdrop_fast {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& tensor);

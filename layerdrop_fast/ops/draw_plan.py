@@ -10,6 +10,7 @@ from layerdrop_fast._library import implement
 from layerdrop_fast.ops import _checks
 from layerdrop_fast.plan import SAMPLINGS
 from layerdrop_fast.reference.draw_plan import draw_plan as reference_draw_plan
+from layerdrop_fast.reference.draw_plan import draw_plan_ as reference_draw_plan_
 from layerdrop_fast.reference.philox import step_key as reference_step_key
 
 _ops = torch.ops.layerdrop_fast
@@ -43,8 +44,12 @@ def draw_plan(
     *,
     sampling: str = "bernoulli",
     min_kept: int = 0,
+    advance: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All drop decisions of a step as tensors, on the device of ``counters``; the bits of ``layerdrop_fast.draw_plan``.
+
+    The counters are read where they are, when the plan is drawn: a CUDA graph that was captured with ``advance=True``
+    draws the plan of the next step at every replay.
 
     Shapes:
         counters: int64 [3]; rates: float64 [L]
@@ -52,9 +57,11 @@ def draw_plan(
 
     Args:
         counters: (seed, step, stream), the 64 bits of each.
-        rates: drop rates in [0, 1].
+        rates: drop rates in [0, 1]. Only on the CPU can a wrong one be told without waiting for a device; on a GPU one
+            below 0 counts as 0, one above 1 or NaN as 1.
         batch_size: B, or None for batch granularity.
         sampling, min_kept: as in ``layerdrop_fast.draw_plan``.
+        advance: add 1 to the step in ``counters`` once the plan is drawn; past 2**64 - 1 it is 0.
 
     Returns:
         keep; rows, the kept samples of each layer, ascending, padded with -1; slot, a sample's place in rows, or -1;
@@ -81,9 +88,10 @@ def draw_plan(
     units = rates.shape[0] if batch_size is None else batch_size
     if not 0 <= min_kept <= units:
         raise ValueError(f"min_kept: got {min_kept}, expected 0 to {units}")
-    return _ops.draw_plan(  # type: ignore[no-any-return]
-        counters, rates, batch_size, sampling == "systematic", min_kept
-    )
+    if advance and not counters.is_contiguous():
+        raise ValueError(f"counters: got strides {list(counters.stride())} for [3], expected contiguous to advance")
+    draw = _ops.draw_plan_ if advance else _ops.draw_plan
+    return draw(counters, rates, batch_size, sampling == "systematic", min_kept)  # type: ignore[no-any-return]
 
 
 def _check_counters(counters: Tensor) -> None:
@@ -105,3 +113,4 @@ def _fake_draw_plan(
 
 implement("step_key", reference=reference_step_key, fake=_fake_step_key)
 implement("draw_plan", reference=reference_draw_plan, fake=_fake_draw_plan)
+implement("draw_plan_", reference=reference_draw_plan_, fake=_fake_draw_plan)

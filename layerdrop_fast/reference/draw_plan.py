@@ -43,6 +43,18 @@ def draw_plan(
     return keep, rows.to(torch.int32), slot.to(torch.int32), kept
 
 
+def draw_plan_(
+    counters: Tensor,  # int64 [3]: seed, step, stream; the step becomes the next one
+    rates: Tensor,
+    batch_size: int | None,
+    systematic: bool,
+    min_kept: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan = draw_plan(counters, rates, batch_size, systematic, min_kept)
+    counters[1] += 1  # int64 wraps as the 64 bits of the step do
+    return plan
+
+
 def bernoulli_units(key: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """Each unit alone: kept iff its u32 < t. Priority is how far a unit was from being kept."""
     bits = unit_bits(key, SITE_KEEP, thresholds.shape)
