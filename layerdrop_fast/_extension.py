@@ -1,10 +1,14 @@
-"""Loads the compiled extension where there is one, and remembers why not where there is none.
+"""Loads the compiled extension and the CUDA kernels where there are any, and remembers why not where there are none.
 
 ``planner`` draws the decisions on the host: the C++ module, or its twin in Python.
 """
 
+import ctypes
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
+
+import torch
 
 planner: ModuleType
 missing: str | None = None  # why there is no compiled extension; None where there is one
@@ -18,6 +22,22 @@ except ModuleNotFoundError:
     )
 except ImportError as error:  # built for another Python, or for a newer torch
     missing = f"built, but does not load: {error}"
+
+
+def _load_cuda_kernels() -> str | None:
+    library = Path(__file__).with_name("_C_cuda.so")
+    if not library.exists():
+        return "not built: no nvcc was found at installation, or LAYERDROP_FAST_BUILD was set"
+    if torch.version.cuda is None:  # its symbols would be missing
+        return f"built, but not loaded: torch {torch.__version__} is without CUDA"
+    try:
+        ctypes.CDLL(str(library))  # torch.ops.load_library would not say why not
+    except OSError as error:
+        return f"built, but does not load: {error}"
+    return None
+
+
+cuda_missing = _load_cuda_kernels()  # why there are no CUDA kernels; None where there are
 
 if missing is not None:
     planner = import_module("layerdrop_fast.reference.planner")

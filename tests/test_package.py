@@ -1,6 +1,7 @@
 """Installing and importing, with and without the compiled extension."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import layerdrop_fast
+from layerdrop_fast import _extension
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,7 +115,9 @@ def test_a_pure_python_install(tmp_path, environment, said):
 @pytest.mark.slow
 def test_a_compiled_install(tmp_path):
     wheel, _ = build_wheel(tmp_path, CFLAGS="-Werror")
-    assert "layerdrop_fast/_C" + sysconfig.get_config_var("EXT_SUFFIX") in zipfile.ZipFile(wheel).namelist()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "layerdrop_fast/_C" + sysconfig.get_config_var("EXT_SUFFIX") in names
+    assert ("layerdrop_fast/_C_cuda.so" in names) == any(map(shutil.which, ("nvcc", "/usr/local/cuda/bin/nvcc")))
 
 
 def run_setup(*arguments, **environment):
@@ -144,6 +148,59 @@ def test_a_compiler_that_is_not_there_is_an_error():
     result = run_setup("--version", CXX="no-such-compiler -v")
     assert result.returncode != 0
     assert "CXX is 'no-such-compiler -v', which is not found" in result.stderr
+
+
+def test_an_unknown_build_is_an_error():
+    result = run_setup("--version", LAYERDROP_FAST_BUILD="gpu")
+    assert result.returncode != 0
+    assert "LAYERDROP_FAST_BUILD is 'gpu', expected cpu or none" in result.stderr
+
+
+# The flags that setup.py chooses for a torch of the CUDA version sys.argv[1], where no nvcc is found but $CUDA_HOME's.
+NVCC_COMMAND = """
+import os, runpy, shutil, sys
+which, torch_cuda = shutil.which, sys.argv[1]
+shutil.which = lambda name, path=None: which(name, path=path and path.split(os.pathsep)[0])
+sys.argv = ["setup.py", "--version"]
+print(*runpy.run_path("setup.py", run_name="__main__")["nvcc_command"](torch_cuda, "g++"))
+"""
+CPU_ONLY = "a CPU-only install, plain PyTorch computes for tensors on a GPU"
+
+
+@pytest.mark.skipif(_extension.missing is not None, reason="no C++ extension is built here")
+@pytest.mark.parametrize(
+    ("release", "torch_cuda", "build", "reason", "architectures"),
+    [
+        ("13.1", "13.0", "", None, ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("12.8", "12.6", "", None, ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("12.6", "12.8", "", None, ["sm_80", "sm_90", "compute_90"]),
+        ("12.8", "13.0", "", "nvcc is of CUDA 12.8, torch of 13.0", []),
+        ("13.0", "13.0", "cpu", "LAYERDROP_FAST_BUILD=cpu", []),
+        (None, "13.0", "", "no nvcc found in CUDA_HOME, PATH or /usr/local/cuda", []),
+    ],
+)
+def test_nvcc_compiles_what_it_can_or_the_install_says_that_it_is_cpu_only(
+    tmp_path, release, torch_cuda, build, reason, architectures
+):
+    if release:
+        nvcc = tmp_path / "bin/nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+        nvcc.chmod(0o755)
+    result = subprocess.run(
+        [sys.executable, "-c", NVCC_COMMAND, torch_cuda],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"CUDA_HOME": str(tmp_path), "LAYERDROP_FAST_BUILD": build},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    *said, command = result.stdout.split("\n")[:-1]
+    assert re.findall(r",code=(\w+)", command) == architectures
+    assert [line for line in said if line.endswith("GPU")][-1:] == (
+        [f"layerdrop_fast: {reason}: {CPU_ONLY}"] if reason else []
+    )
 
 
 def test_setup_stays_short():

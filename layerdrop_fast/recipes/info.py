@@ -17,8 +17,10 @@ def describe() -> str:
     rows = [
         ("layerdrop_fast", __version__),
         ("Python", platform.python_version()),
-        *((name, _version(name)) for name in ("torch", "triton", "numpy")),
+        ("torch", torch.__version__),
+        *((name, _version(name)) for name in ("triton", "numpy")),
         ("C++ extension", _extension_state()),
+        ("CUDA kernels", _extension.cuda_missing or "loaded"),
         ("GPU", _gpu()),
         ("ops on CPU", _ops("CPU")),
         ("ops on CUDA", _ops("CUDA")),
