@@ -1,7 +1,7 @@
 """The schema of every op, once. Searching for an op's name finds its schema here and all of its backends.
 
-``norm_linear`` and ``act_linear`` are not here: they are compositions in ``ops/`` of torch's matrix products with
-``gather_norm`` and with the elementwise halves ``act`` and ``act_bwd``.
+``norm_linear`` and ``act_linear`` are compositions in ``ops/`` of torch's matrix products with the halves that are not
+matrix products: ``norm_linear_bwd``, ``act`` and ``act_bwd``.
 
 ``reference/`` implements each op for every device (CompositeExplicitAutograd), ``csrc/`` takes the CPU key, Triton and
 ``csrc/cuda/`` the CUDA key; the dispatcher chooses. Gradients stand outside, in the ``autograd.Function``s of ``ops/``.
@@ -161,6 +161,16 @@ scatter_residual_gather_norm_bwd_(
     bool rms,
     ScalarType dtype,         # of y
 ) -> Tensor                   # grad_y [K, ..., D]
+
+norm_linear_bwd(
+    Tensor product,           # [O, D] f64|f32|bf16|f16: g^T xhat, g the gradient of the output
+    Tensor? total,            # [O] f32 (f64 for f64), the sum of g over rows; None only where beta is None
+    Tensor weight,            # [O, D] f64|f32|bf16|f16
+    Tensor? gamma,            # [D] f64|f32|bf16|f16
+    Tensor? beta,             # [D] f64|f32|bf16|f16
+) -> (Tensor grad_weight,     # [O, D], dtype of weight
+      Tensor grad_gamma,      # [D] f32 (f64 for f64)
+      Tensor grad_beta)       # [D] f32 (f64 for f64), 0 where total is None
 
 act(
     Tensor u,                 # [K, ..., F] f64|f32|bf16|f16; swiglu: [K, ..., 2F]

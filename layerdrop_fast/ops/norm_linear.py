@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from layerdrop_fast._library import implement
 from layerdrop_fast.ops import _checks
 from layerdrop_fast.reference import norm_linear as reference
+from layerdrop_fast.reference.rows import accumulator
+
+_ops = torch.ops.layerdrop_fast
 
 
 def norm_linear(
@@ -65,4 +69,31 @@ class _NormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         xhat, weight, gamma, beta = ctx.saved_tensors
-        return reference.norm_linear_bwd(grad_out, xhat, weight, gamma, beta, ctx.needs_input_grad)
+        need_xhat, need_weight, need_bias, need_gamma, need_beta = ctx.needs_input_grad
+        dtype, wide = grad_out.dtype, accumulator(grad_out.dtype)
+        g = grad_out.flatten(0, -2)
+        grad_xhat = grad_weight = grad_gamma = grad_beta = total = None
+        if need_xhat:
+            grad_h = grad_out @ weight.to(dtype)
+            grad_xhat = grad_h if gamma is None else grad_h * gamma
+        if need_bias or need_beta or (need_weight and beta is not None):
+            total = g.sum(0, dtype=wide)
+        if need_weight or need_gamma:
+            grad_weight = g.t() @ xhat.flatten(0, -2).to(dtype)
+            if gamma is not None or beta is not None:
+                shift = None if total is None else beta
+                grad_weight, grad_gamma, grad_beta = _ops.norm_linear_bwd(grad_weight, total, weight, gamma, shift)
+        elif need_beta and total is not None:
+            grad_beta = total @ weight.to(wide)
+        found = (grad_xhat, grad_weight, total, grad_gamma, grad_beta)
+        return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def _fake_norm_linear_bwd(
+    product: Tensor, total: Tensor | None, weight: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_gamma, grad_beta = (product.new_empty(product.shape[1], dtype=accumulator(product.dtype)) for _ in range(2))
+    return weight.new_empty(weight.shape), grad_gamma, grad_beta
+
+
+implement("norm_linear_bwd", reference=reference.norm_linear_bwd, fake=_fake_norm_linear_bwd)

@@ -22,31 +22,14 @@ def norm_linear(xhat: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor
 
 
 def norm_linear_bwd(
-    grad_out: Tensor,
-    xhat: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of (xhat, weight, bias, gamma, beta) None where ``needs`` says so."""
-    need_xhat, need_weight, need_bias, need_gamma, need_beta = needs
-    dtype, wide = grad_out.dtype, accumulator(grad_out.dtype)
-    g = grad_out.flatten(0, -2)
-    grad_xhat = grad_weight = grad_gamma = grad_beta = None
-    if need_xhat:
-        grad_h = grad_out @ weight.to(dtype)
-        grad_xhat = grad_h if gamma is None else grad_h * gamma
-    if need_bias or need_beta or (need_weight and beta is not None):
-        total = g.sum(0, dtype=wide)
-    if need_weight or need_gamma:
-        product = (g.t() @ xhat.flatten(0, -2).to(dtype)).to(wide)
-    if need_weight:
-        grad_weight = product if gamma is None else product * gamma.to(wide)
-        if beta is not None:
-            grad_weight = grad_weight.addr(total, beta.to(wide))
-    if need_gamma:
-        grad_gamma = (weight * product).sum(0)
-    if need_beta:
-        grad_beta = total @ weight.to(wide)
-    return grad_xhat, grad_weight, total if need_bias else None, grad_gamma, grad_beta
+    product: Tensor, total: Tensor | None, weight: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With ``product = g^T xhat`` and ``total = sum(g)``: ``grad_weight = product * gamma + total beta^T``,
+    ``grad_gamma = sum over outputs of weight * product``, ``grad_beta = total weight``."""
+    wide = accumulator(product.dtype)
+    product, wide_weight = product.to(wide), weight.to(wide)
+    grad_weight = product if gamma is None else product * gamma.to(wide)
+    if beta is not None and total is not None:
+        grad_weight = grad_weight.addr(total, beta.to(wide))
+    grad_beta = product.new_zeros(product.shape[1]) if total is None else total @ wide_weight
+    return grad_weight.to(weight.dtype, copy=True).contiguous(), (wide_weight * product).sum(0), grad_beta

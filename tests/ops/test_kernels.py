@@ -36,6 +36,7 @@ from tests.ops.eager import (
 )
 
 WIDTHS = (1, 15, 16, 17, 63, 64, 255, 257, 1000, 4099)
+ACTIVATION_WIDTHS = (1, 16, 63, 257, 1100)
 MIDDLES = ((), (1,), (3,), (2, 2), (0,))
 # Of 5 samples; -1 is a spare row.
 SUBSETS = (
@@ -116,7 +117,7 @@ def test_branch_of_another_dtype(name, dtype):
 @each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, dtype):
-    for width, dropout in itertools.product((1, 16, 63, 257, 1100), DROPOUT[:3]):
+    for width, dropout in itertools.product(ACTIVATION_WIDTHS, DROPOUT[:3]):
         case = Case((4, 3, width), dtype, rows=(1, 3, -1), activation=activation, **dropout)
         assert_agrees("act", case)
         assert_agrees("act_bwd", case)

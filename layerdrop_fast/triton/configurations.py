@@ -1,0 +1,120 @@
+"""Which tile and how many warps a kernel runs with: a pure function of (op, channels, dtype, arch).
+
+The rule is one for all: a thread holds a few 16-byte vectors of each tensor, and a row of channels stays in registers
+where it fits. ``tune.py`` measures its neighbours on a GPU and writes what won; that is preferred where it exists.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+import triton
+
+OPS = (
+    "gather_norm",
+    "gather_norm_bwd",
+    "scatter_residual",
+    "scatter_residual_bwd",
+    "scatter_residual_gather_norm",
+    "scatter_residual_gather_norm_bwd",
+    "act",
+    "act_bwd",
+    "norm_linear_bwd",
+)
+# These need whole rows of channels: up to so many stay in registers, in wider rows programs go along in smaller parts.
+_WHOLE_ROWS = tuple(op for op in OPS if op.endswith(("gather_norm", "gather_norm_bwd")))
+_WIDEST, _PART = 16384, 4096
+_TILE = 8192  # bytes of each tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """A tile of ``rows`` x ``block_d`` for ``num_warps`` warps."""
+
+    rows: int
+    block_d: int
+    num_warps: int
+    num_stages: int = 1
+    fp_fusion: bool = False
+
+    def fit(self, positions: int) -> "Configuration":
+        """With no more rows than a sample has, and as many warps less."""
+        rows = min(self.rows, triton.next_power_of_2(max(positions, 1)))
+        return dataclasses.replace(self, rows=rows, num_warps=max(1, self.num_warps * rows // self.rows))
+
+
+def configuration(op: str, channels: int, dtype: torch.dtype, arch: str) -> Configuration:
+    """The rule.
+
+    Args:
+        op: one of OPS; forms in place have that of their op.
+        channels: D, or F of the activations.
+        dtype: of the stream.
+        arch: "sm_90", "gfx942", ...
+    """
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    size = dtype.itemsize
+    whole = max(triton.next_power_of_2(channels), 16)
+    block_d = min(whole, 1024)
+    if op in _WHOLE_ROWS:
+        block_d = whole if whole <= _WIDEST * 4 // max(size, 4) else _PART
+    rows = max(1, _TILE // (block_d * size))
+    # A thread holds two 16-byte vectors of each tensor; of activations, which compute more, one.
+    bytes_per_warp = (64 if arch.startswith("gfx") else 32) * (16 if op.startswith("act") else 32)
+    most = 16 if arch.startswith("gfx") else 32
+    num_warps = min(max(rows * block_d * size // bytes_per_warp, 1), most)
+    return Configuration(rows, block_d, num_warps, fp_fusion=op.startswith("act"))
+
+
+def chosen(op: str, channels: int, dtype: torch.dtype, device: torch.device) -> Configuration:
+    """What was tuned for this GPU, else the rule."""
+    gpu, arch = gpu_of(device.index if device.type == "cuda" else None)
+    return _tuned(gpu).get(entry(op, channels, dtype)) or configuration(op, channels, dtype, arch)
+
+
+@functools.cache
+def gpu_of(index: int | None) -> tuple[str, str]:
+    """Name and architecture. None is the interpreter."""
+    if index is None:
+        return "", "sm_90"
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, arch_of(properties)
+
+
+def arch_of(properties: "torch.cuda._CudaDeviceProperties") -> str:
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def entry(op: str, channels: int, dtype: torch.dtype) -> str:
+    """A line of a file of tuned configurations."""
+    return f"{op} {channels} {str(dtype).removeprefix('torch.')}"
+
+
+def tuned_file(gpu: str, folder: Path | None = None) -> Path:
+    """Where the tuned configurations of a GPU lie: ``$XDG_CACHE_HOME/layerdrop_fast``, or ``folder``."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (folder or cache / "layerdrop_fast") / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}.json"
+
+
+def read_tuned(path: Path) -> dict[str, Configuration]:
+    """ValueError for a file that ``tune.py`` did not write."""
+    try:
+        return {key: Configuration(**fields) for key, fields in json.loads(path.read_text())["configurations"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: expected tuned configurations: {error}") from error
+
+
+@functools.cache
+def _tuned(gpu: str) -> dict[str, Configuration]:
+    """A user's own file before the package's."""
+    if not gpu:
+        return {}
+    paths = (tuned_file(gpu), tuned_file(gpu, Path(__file__).parent / "tuned"))
+    return next((read_tuned(path) for path in paths if path.exists()), {})

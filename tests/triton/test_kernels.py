@@ -1,0 +1,71 @@
+"""What the C++ kernels keep to, the Triton kernels keep to: the same tests, and those of what is theirs alone."""
+
+import pytest
+import torch
+
+from layerdrop_fast.triton import launch
+from tests.ops.eager import KEY, NAMES, REFERENCE, SITE, Case, assert_agrees, results, rows_of, same_bits, tensor
+from tests.ops.test_kernels import (
+    test_a_mean_far_from_zero,
+    test_activations,
+    test_an_element_is_kept_iff_its_word_is_below_the_threshold,
+    test_any_strides,
+    test_arguments_are_not_written,
+    test_branch_of_another_dtype,
+    test_expanded,
+    test_in_place_gives_the_bits_of_out_of_place,
+    test_in_place_writes_nothing_round_the_stream,
+    test_one_pass_gives_the_bits_of_two,
+    test_one_sample_and_none,
+    test_rows_and_dropout,
+    test_sizes,
+    test_what_is_dropped_or_spare_is_not_read,
+    test_what_is_dropped_out_may_be_anything,
+)
+from tests.triton.conftest import PARAMETERS, op
+
+FLOAT32 = torch.float32
+# Rows of channels wider than what stays in registers, and of one channel more than a multiple of four.
+WIDE = (16384 + 64, 16384 + 65)
+
+
+@pytest.mark.parametrize("width", WIDE)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_registers_do_not_hold(name, width):
+    for dtype, rms in ((FLOAT32, False), (torch.bfloat16, True)):
+        usual = {"rows": (0, -1), "next_rows": (0, 1), "p": 0.3, "scale": 1.25}
+        assert_agrees(name, Case((2, 2, width), dtype, **usual, rms=rms))
+
+
+def test_a_wide_row_with_a_mean_far_from_zero():
+    x = tensor(2, WIDE[0]) + 300
+    assert_agrees("gather_norm", Case(tuple(x.shape)), (x.float(), None, False, 1e-5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_samples_than_a_program_looks_through(name):
+    """Their places come in a tensor of their own."""
+    batch = launch.MOST_SCANNED + 3
+    few = (0, 1, 511, -1, 900, batch - 1)
+    # A row takes milliseconds here, so that the other branch has none.
+    for rows, next_rows in ((few, ()), ((), few), (few, few)):
+        if "next_rows" in PARAMETERS[name] or (rows == next_rows and not name.startswith("act")):
+            assert_agrees(name, Case((batch, 3), rows=rows, next_rows=next_rows, p=0.3))
+
+
+def test_elements_are_numbered_beyond_32_bits():
+    """A sample has 1920 elements here: sample 2236963 begins beyond 2^32, sample 2^31 - 2 beyond 2^41."""
+    ones = torch.ones(3, 2, 960)
+    for samples in ((1, 2_236_962, 2_236_963), (2**21, 2**30, 2**31 - 2)):
+        rows = rows_of(*samples)
+        expected = REFERENCE["act"](ones, rows, "relu", 0.4, KEY, SITE)
+        assert same_bits(op("act")(ones, rows, "relu", 0.4, KEY, SITE), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "rows" in PARAMETERS[name] and not name.startswith("act")])
+def test_a_row_outside_the_batch_is_a_spare_row(name):
+    """On a device nobody looks at rows beforehand: a wrong one leads to no other memory."""
+    right, *wrong = (Case((4, 3, 16), rows=rows, next_rows=rows, p=0.3) for rows in ((1, -1), (1, 4), (1, 2**31 - 1)))
+    expected = results(name, op(name), right.arguments(name))
+    for case in wrong:
+        assert all(map(same_bits, results(name, op(name), case.arguments(name)), expected))
