@@ -48,7 +48,7 @@ def nvcc_command(torch_cuda: str | None, compiler: str) -> list[str]:
     try:
         nvcc, version = find_nvcc(torch_cuda)
     except LookupError as reason:
-        print(f"layerdrop_fast: {reason}: a CPU-only install, plain PyTorch computes for tensors on a GPU")
+        print(f"layerdrop_fast: {reason}: a CPU-only install: on a GPU, plain PyTorch draws the plans")
         return []
     architectures = [80, 90, 100] if version >= (12, 8) else [80, 90]
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]

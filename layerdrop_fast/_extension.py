@@ -1,10 +1,11 @@
-"""Loads the compiled extension and the CUDA kernels where there are any, and remembers why not where there are none.
+"""Loads the compiled extension and the GPU kernels where there are any, and remembers why not where there are none.
 
 ``planner`` draws the decisions on the host: the C++ module, or its twin in Python.
 """
 
 import ctypes
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -37,7 +38,18 @@ def _load_cuda_kernels() -> str | None:
     return None
 
 
+def _load_triton_kernels() -> str | None:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"not loaded: torch {torch.__version__} is without CUDA and ROCm"
+    if find_spec("triton") is None:
+        return "not installed"
+    # AMD's GPUs have this key too.
+    import_module("layerdrop_fast.triton").register("CUDA")
+    return None
+
+
 cuda_missing = _load_cuda_kernels()  # why there are no CUDA kernels; None where there are
+triton_missing = _load_triton_kernels()  # why there are no Triton kernels; None where there are
 
 if missing is not None:
     planner = import_module("layerdrop_fast.reference.planner")

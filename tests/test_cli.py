@@ -87,10 +87,11 @@ def test_info_says_who_computes_which_op():
     assert re.fullmatch(r"built by \S+ with torch \S+, uses (avx512|avx2|baseline)", rows["C++ extension"])
     assert rows["ops on CPU"] == f"own kernels for all {len(op_names())}"
     assert rows["CUDA kernels"] == (_extension.cuda_missing or "loaded")
-    if _extension.cuda_missing:
+    assert rows["Triton kernels"] == (_extension.triton_missing or "loaded")
+    if _extension.cuda_missing and _extension.triton_missing:
         assert rows["ops on CUDA"] == f"no kernels of their own yet; plain PyTorch for all {len(op_names())}"
-    else:
-        assert rows["ops on CUDA"].startswith("own kernels for step_key, draw_plan, draw_plan_; plain PyTorch for")
+    elif not (_extension.cuda_missing or _extension.triton_missing):
+        assert rows["ops on CUDA"] == f"own kernels for all {len(op_names())}"
 
 
 def test_info_says_why_something_is_missing(monkeypatch):

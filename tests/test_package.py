@@ -164,7 +164,7 @@ shutil.which = lambda name, path=None: which(name, path=path and path.split(os.p
 sys.argv = ["setup.py", "--version"]
 print(*runpy.run_path("setup.py", run_name="__main__")["nvcc_command"](torch_cuda, "g++"))
 """
-CPU_ONLY = "a CPU-only install, plain PyTorch computes for tensors on a GPU"
+CPU_ONLY = "a CPU-only install: on a GPU, plain PyTorch draws the plans"
 
 
 @pytest.mark.skipif(_extension.missing is not None, reason="no C++ extension is built here")

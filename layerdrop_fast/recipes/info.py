@@ -21,6 +21,7 @@ def describe() -> str:
         *((name, _version(name)) for name in ("triton", "numpy")),
         ("C++ extension", _extension_state()),
         ("CUDA kernels", _extension.cuda_missing or "loaded"),
+        ("Triton kernels", _extension.triton_missing or "loaded"),
         ("GPU", _gpu()),
         ("ops on CPU", _ops("CPU")),
         ("ops on CUDA", _ops("CUDA")),
