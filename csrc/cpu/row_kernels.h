@@ -44,6 +44,13 @@ constexpr int64_t padded(int64_t n) {
   return (n + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
 
+// Sums over rows, of so many channels at once; room for whole vectors of them.
+constexpr int64_t kSumChannels = 512;
+template <typename T>
+struct ColumnSums {
+  T *gamma, *beta;
+};
+
 // T is the arithmetic: double for a stream of float64, else float. n counts channels; `element` is the number of the
 // row's first one in the full tensor. An In and an Out may be the same row, otherwise they do not overlap.
 template <typename T>
@@ -57,6 +64,10 @@ struct RowKernels {
   // out = residual + rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) where rms;
   // residual.data == nullptr is 0
   void (*norm_gradient)(In residual, In g, In xhat, T rstd, Out out, int64_t n, bool rms, T* scratch);
+  // grad_weight = product * gamma + total * beta, sums.gamma += weight * product, sums.beta += total * weight, for
+  // at most kSumChannels channels; gamma.data == nullptr is 1, beta.data == nullptr is 0
+  void (*weight_gradient)(
+      In product, In weight, In gamma, In beta, T total, Out grad_weight, int64_t n, ColumnSums<T> sums);
   // a = dropout(act(u)); swiglu reads 2n channels of u
   void (*act)(Activation activation, In u, Out a, int64_t n, const Dropout& dropout, uint64_t element);
   // grad_u = dropout(grad_a) * act'(u), and a again

@@ -158,6 +158,27 @@ void norm_gradient(In residual, In g, In xhat, T rstd, Out out, int64_t n, bool 
   close(to, n, out);
 }
 
+template <typename T>
+void weight_gradient(
+    In product, In weight, In gamma, In beta, T total, Out grad_weight, int64_t n, ColumnSums<T> sums) {
+  T product_room[kSumChannels], weight_room[kSumChannels], gamma_room[kSumChannels], beta_room[kSumChannels],
+      out_room[kSumChannels];
+  const T* from = read(product, n, product_room);
+  const T* weights = read(weight, n, weight_room);
+  const T* factor = gamma.data ? read(gamma, n, gamma_room) : nullptr;
+  const T* shift = beta.data ? read(beta, n, beta_room) : nullptr;
+  T* to = open(grad_weight, n, out_room);
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Vector<T> p = load<Vector<T>>(from + i), w = load<Vector<T>>(weights + i);
+    store(load<Vector<T>>(sums.gamma + i) + w * p, sums.gamma + i);
+    store(load<Vector<T>>(sums.beta + i) + w * total, sums.beta + i);
+    Vector<T> value = factor ? p * load<Vector<T>>(factor + i) : p;
+    if (shift) value += load<Vector<T>>(shift + i) * total;
+    store(value, to + i);
+  }
+  close(to, n, grad_weight);
+}
+
 template <Activation activation, typename T>
 void act_as(In u, Out a, int64_t n, const Dropout& dropout, uint64_t element) {
   T u_room[kPart], value_room[kPart], out_room[kPart];
@@ -245,7 +266,7 @@ void act_bwd(
 
 template <typename T>
 constexpr RowKernels<T> kRowKernels = {
-    add_branch<T>, branch_gradient<T>, normalise<T>, norm_gradient<T>, act<T>, act_bwd<T>};
+    add_branch<T>, branch_gradient<T>, normalise<T>, norm_gradient<T>, weight_gradient<T>, act<T>, act_bwd<T>};
 
 #define LAYERDROP_NAME_OF(x) #x
 #define LAYERDROP_NAME(x) LAYERDROP_NAME_OF(x)

@@ -131,6 +131,15 @@ def dropout(
 
 
 @triton.jit
+def rounded(values, p_out):
+    """In the dtype of what they are stored in; from float64 to 16 bits through float32, as torch rounds."""
+    dtype = p_out.dtype.element_ty
+    if dtype.primitive_bitwidth < 32:
+        values = values.to(tl.float32)
+    return values.to(dtype)
+
+
+@triton.jit
 def scaled(values, p_scale):
     """``scale * values``; no scale is 1."""
     if p_scale is not None:

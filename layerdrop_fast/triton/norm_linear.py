@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerdrop_fast.reference.rows import accumulator
 from layerdrop_fast.triton.configurations import chosen
-from layerdrop_fast.triton.device import offsets
+from layerdrop_fast.triton.device import offsets, rounded
 from layerdrop_fast.triton.launch import arithmetic, check_vector, dense, jit, launch
 
 # Outputs that one program sums.
@@ -58,7 +58,7 @@ def norm_linear_bwd_kernel(
                 beta = tl.load(p_beta + o_channel, mask=m_channel, other=0.0).to(ACC)
                 grad_weight += total[:, None] * beta[None, :]
         gamma_sums += weight * product
-        tl.store(p_grad_weight + o_tile, grad_weight, mask=m_tile)
+        tl.store(p_grad_weight + o_tile, rounded(grad_weight, p_grad_weight), mask=m_tile)
     o_part = i_part.to(tl.int64) * D + o_channel
     tl.store(p_gamma_parts + o_part, tl.sum(gamma_sums, 0), mask=m_channel)
     if p_beta_parts is not None:

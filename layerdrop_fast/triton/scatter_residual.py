@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from layerdrop_fast.triton.configurations import chosen
-from layerdrop_fast.triton.device import dropout, offsets, rows_at, sample_of, scaled, slot_of, tile_of
+from layerdrop_fast.triton.device import dropout, offsets, rounded, rows_at, sample_of, scaled, slot_of, tile_of
 from layerdrop_fast.triton.launch import (
     Rows,
     arithmetic,
@@ -146,12 +146,9 @@ def store_branch_gradient(
     ACC: tl.constexpr,
 ):
     """``grad_y = scale * dropout(grad)``."""
-    o_channel = start + tl.arange(0, BLOCK_D)
     grad_y = dropout(grad.to(ACC), p_key, p_site, threshold, multiplier, o_row, start, D, BLOCK_D, DROPOUT)
-    grad_y = scaled(grad_y, p_scale)
-    if p_grad_y.dtype.element_ty.primitive_bitwidth < 32:  # from float64 through float32, as torch rounds
-        grad_y = grad_y.to(tl.float32)
-    tl.store(p_grad_y + offsets(o_y_row, o_channel, D), grad_y, mask=m_tile)
+    grad_y = rounded(scaled(grad_y, p_scale), p_grad_y)
+    tl.store(p_grad_y + offsets(o_y_row, start + tl.arange(0, BLOCK_D), D), grad_y, mask=m_tile)
 
 
 def scatter_residual(
