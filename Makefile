@@ -8,7 +8,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 # Where `make bench` puts its statistics: one folder a machine.
 RESULTS ?= benchmarks/results/local
 
-.PHONY: venv demo test test-slow sanitize lint format bench clean
+.PHONY: venv demo test test-slow gates sanitize lint format bench clean
 
 venv: .venv/built
 
@@ -26,12 +26,17 @@ venv: .venv/built
 demo: venv
 	$(BIN)/layerdrop-fast demo
 
+# A process a core, each with one thread.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 	.ci/sanitize --if-possible
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+
+# Every GPU kernel x configuration, compiled without a GPU; rewrites the figures of docs/kernels.md.
+gates: venv
+	$(BIN)/python -m tests.gates --all
 
 sanitize: venv
 	.ci/sanitize

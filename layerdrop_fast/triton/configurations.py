@@ -66,6 +66,8 @@ def configuration(op: str, channels: int, dtype: torch.dtype, arch: str) -> Conf
     rows = max(1, _TILE // (block_d * size))
     # A thread holds two 16-byte vectors of each tensor; of activations, which compute more, one.
     bytes_per_warp = (64 if arch.startswith("gfx") else 32) * (16 if op.startswith("act") else 32)
+    if channels % 4:  # every element draws four words of its own
+        bytes_per_warp //= 4
     most = 16 if arch.startswith("gfx") else 32
     num_warps = min(max(rows * block_d * size // bytes_per_warp, 1), most)
     return Configuration(rows, block_d, num_warps, fp_fusion=op.startswith("act"))

@@ -1,10 +1,12 @@
 """Tests of the Triton kernels: on a GPU, through the dispatcher, where there is one, else in Triton's interpreter."""
 
+import itertools
+
 import pytest
 import torch
 
 from layerdrop_fast import triton as kernels
-from tests.ops import eager, test_kernels
+from tests.ops import eager, test_fuzz, test_kernels
 from tests.triton import interpreter
 
 ON_GPU = torch.cuda.is_available()
@@ -44,10 +46,10 @@ def op(name):
 @pytest.fixture(autouse=True, params=["few", pytest.param("all", marks=pytest.mark.slow)])
 def ops_are_the_triton_kernels(request, monkeypatch):
     """In the shared tests, of few sizes or of all."""
-    for module in (eager, test_kernels):
-        monkeypatch.setattr(module, "op", op)
-        monkeypatch.setattr(module, "parameters", PARAMETERS.__getitem__)
-        monkeypatch.setattr(module, "has_cpu_kernel", lambda name: True)
+    replaced = {"op": op, "parameters": PARAMETERS.__getitem__, "has_cpu_kernel": lambda name: True}
+    for module, (name, value) in itertools.product((eager, test_kernels, test_fuzz), replaced.items()):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
     if request.param == "few":
         for name, values in FEW.items():
             monkeypatch.setattr(test_kernels, name, values)

@@ -1,0 +1,60 @@
+"""Compiles kernels for GPUs that are not there and says what they do not keep to.
+
+python -m tests.gates           a representative set; also whether docs/kernels.md has its figures
+python -m tests.gates --all     every kernel x configuration; rewrites the figures of docs/kernels.md
+"""
+
+import argparse
+import os
+import sys
+from multiprocessing import get_context
+
+from tests.gates.aot import Code
+from tests.gates.gates import Gate, check, every, representative
+from tests.gates.page import PAGE, compiler_of, filled, tables
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gates", description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every kernel x configuration; rewrites docs/kernels.md")
+    parser.add_argument("--unaligned", action="store_true", help="as if no pointer were aligned: has to fail")
+    arguments = parser.parse_args()
+    figures = list(representative())
+    gates = list(dict.fromkeys([*figures, *every()])) if arguments.all else figures
+    if arguments.unaligned:
+        gates = [gate for gate in gates if gate.arch == "sm_90" and gate.channels == 1024]
+    found, red = run(gates, aligned=not arguments.unaligned)
+    print(f"{len(gates) - red} of {len(gates)} compiled kernels keep to the gates")
+    if red:
+        return 1
+    values, page = tables({gate: found[gate] for gate in figures}), PAGE.read_text()
+    if arguments.all:
+        PAGE.write_text(filled(page, values))
+    elif values["compiler"] == compiler_of(page) and filled(page, values) != page:
+        print(f"docs/{PAGE.name} has other figures: `make gates` writes them")
+        return 1
+    return 0
+
+
+def run(gates: list[Gate], *, aligned: bool) -> tuple[dict[Gate, Code], int]:
+    """What each kernel's code is, and how many are at fault; prints these, and how far it is."""
+    found, red = {}, 0
+    jobs = [(gate, aligned) for gate in gates]
+    with get_context("spawn").Pool(os.cpu_count()) as pool:
+        for done, (gate, code, faults) in enumerate(pool.imap(_check, jobs, chunksize=4), start=1):
+            found[gate] = code
+            red += bool(faults)
+            for fault in faults:
+                print(f"{gate}: {fault}", flush=True)
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(gates)}", end="", file=sys.stderr)
+    return found, red
+
+
+def _check(job: tuple[Gate, bool]) -> tuple[Gate, Code, list[str]]:
+    gate, aligned = job
+    return gate, *check(gate, aligned=aligned)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
