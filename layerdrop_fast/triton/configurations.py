@@ -25,10 +25,9 @@ OPS = (
     "act_bwd",
     "norm_linear_bwd",
 )
-# These need whole rows of channels: up to so many stay in registers, in wider rows programs go along in smaller parts.
+# These need whole rows of channels: up to so many bytes stay in registers, along wider rows programs go in parts.
 _WHOLE_ROWS = tuple(op for op in OPS if op.endswith(("gather_norm", "gather_norm_bwd")))
-_WIDEST, _PART = 16384, 4096
-_TILE = 8192  # bytes of each tensor
+_WIDEST, _PART, _TILE = 32768, 8192, 8192  # bytes of each tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def configuration(op: str, channels: int, dtype: torch.dtype, arch: str) -> Conf
     whole = max(triton.next_power_of_2(channels), 16)
     block_d = min(whole, 1024)
     if op in _WHOLE_ROWS:
-        block_d = whole if whole <= _WIDEST * 4 // max(size, 4) else _PART
+        block_d = whole if whole * size <= _WIDEST else _PART // size
     rows = max(1, _TILE // (block_d * size))
     # A thread holds two 16-byte vectors of each tensor; of activations, which compute more, one.
     bytes_per_warp = (64 if arch.startswith("gfx") else 32) * (16 if op.startswith("act") else 32)

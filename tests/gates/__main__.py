@@ -5,8 +5,9 @@ python -m tests.gates --all     every kernel x configuration; rewrites the figur
 """
 
 import argparse
-import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 from tests.gates.aot import Code
@@ -39,9 +40,9 @@ def main() -> int:
 def run(gates: list[Gate], *, aligned: bool) -> tuple[dict[Gate, Code], int]:
     """What each kernel's code is, and how many are at fault; prints these, and how far it is."""
     found, red = {}, 0
-    jobs = [(gate, aligned) for gate in gates]
-    with get_context("spawn").Pool(os.cpu_count()) as pool:
-        for done, (gate, code, faults) in enumerate(pool.imap(_check, jobs, chunksize=4), start=1):
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        results = pool.map(partial(check, aligned=aligned), gates, chunksize=4)
+        for done, (gate, (code, faults)) in enumerate(zip(gates, results, strict=True), start=1):
             found[gate] = code
             red += bool(faults)
             for fault in faults:
@@ -49,11 +50,6 @@ def run(gates: list[Gate], *, aligned: bool) -> tuple[dict[Gate, Code], int]:
             if sys.stderr.isatty():
                 print(f"\r{done} of {len(gates)}", end="", file=sys.stderr)
     return found, red
-
-
-def _check(job: tuple[Gate, bool]) -> tuple[Gate, Code, list[str]]:
-    gate, aligned = job
-    return gate, *check(gate, aligned=aligned)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from layerdrop_fast.triton import configurations
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -69,7 +69,7 @@ class Code:
 def compiled(launch: Launch, *, aligned: bool = True) -> Code:
     """``aligned``: pointers are multiples of 16 bytes, as torch allocates."""
     given = dict(launch.arguments)
-    options = {name: given.pop(name) for name in OPTIONS}
+    options = {name: given.pop(name) for name in OPTIONS if name in given}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = given[parameter.name]
