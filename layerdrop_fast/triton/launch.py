@@ -20,8 +20,11 @@ from layerdrop_fast.triton.configurations import Configuration
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Up to so many samples, a program finds its own among the rows by looking at all of them.
 MOST_SCANNED = 1024
-# Integers that take another value each step: a kernel compiled for one value of them would be compiled again and again.
-UNSPECIALISED = ["outputs", "positions", "batch", "num_rows", "num_next_rows", "threshold", "multiplier", "eps"]
+# A kernel is not compiled again for another value of these integers, nor for another alignment of these pointers.
+UNSPECIALISED = [
+    *("outputs", "positions", "batch", "num_rows", "num_next_rows", "threshold", "multiplier", "eps"),
+    *("p_rows", "p_slots", "p_next_rows", "p_next_slots", "p_scale", "p_key", "p_site"),
+]
 
 jit = triton.jit(do_not_specialize=UNSPECIALISED)
 
@@ -102,9 +105,10 @@ class Rows(NamedTuple):
         rows = rows.contiguous()
         if batch is None or batch <= MOST_SCANNED:
             return Rows(rows, None, rows.shape[0])
-        # Index -1, a spare row, is the last and surplus entry.
+        # A spare row writes the last and surplus entry.
         slots = torch.full((batch + 1,), -1, dtype=torch.int32, device=rows.device)
-        slots[rows.long()] = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        sample = torch.where((rows >= 0) & (rows < batch), rows, batch)
+        slots[sample.long()] = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
         return Rows(rows, slots, rows.shape[0])
 
 

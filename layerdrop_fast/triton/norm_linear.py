@@ -41,8 +41,9 @@ def norm_linear_bwd_kernel(
     gamma_sums = tl.zeros((ROWS, BLOCK_D), ACC)
     beta_sums = tl.zeros((ROWS, BLOCK_D), ACC)
     for start in range(0, PART, ROWS):
-        o_output = i_part * PART + start + tl.arange(0, ROWS)
-        m_output = o_output < outputs
+        o_row = start + tl.arange(0, ROWS)
+        o_output = i_part * PART + o_row
+        m_output = (o_row < PART) & (o_output < outputs)
         o_tile = offsets(o_output.to(tl.int64), o_channel, D)
         m_tile = m_output[:, None] & m_channel[None, :]
         product = tl.load(p_product + o_tile, mask=m_tile, other=0.0).to(ACC)

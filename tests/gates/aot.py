@@ -9,23 +9,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from layerdrop_fast.triton import configurations
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-TYPES = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-}
 
 
 @dataclass(frozen=True)
@@ -66,25 +57,27 @@ class Code:
     wide_stores: int
 
 
+def target(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def specialised(launch: Launch) -> tuple[Any, ...]:
+    """Options, signature, constants and attributes for which Triton would compile a kernel at this launch."""
+    backend = make_backend(target(launch.arch))
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    given = {**launch.arguments, "debug": False, "instrumentation_mode": ""}
+    if launch.arch.startswith("gfx"):  # where torch is not AMD's, the launcher thinks of NVIDIA
+        given.pop("maxnreg")
+    bound, specialization, options = bind(**given)
+    return tuple(launch.kernel._pack_args(backend, given, bound, specialization, options))
+
+
 def compiled(launch: Launch, *, aligned: bool = True) -> Code:
     """``aligned``: pointers are multiples of 16 bytes, as torch allocates."""
-    given = dict(launch.arguments)
-    options = {name: given.pop(name) for name in OPTIONS if name in given}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = given[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif torch.is_tensor(value):
-            signature[parameter.name] = TYPES[value.dtype]
-            if aligned:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = parameter.annotation_type or "i32"
-    amd = launch.arch.startswith("gfx")
-    target = GPUTarget("hip", launch.arch, 64) if amd else GPUTarget("cuda", int(launch.arch[3:]), 32)
-    found = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options)
-    return _amd_code(found) if amd else _nvidia_code(found)
+    options, signature, constants, attributes = specialised(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes if aligned else {})
+    found = triton.compile(source, target=target(launch.arch), options=options.__dict__)
+    return _amd_code(found) if launch.arch.startswith("gfx") else _nvidia_code(found)
 
 
 def _nvidia_code(found: Any) -> Code:

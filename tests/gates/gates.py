@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.row_work import RowWork
 from layerdrop_fast.triton import KERNELS
-from tests.gates.aot import ARCHS, Code, Launch, compiled, launch_of
+from layerdrop_fast.triton.launch import UNSPECIALISED
+from tests.gates.aot import ARCHS, Code, Launch, compiled, launch_of, specialised
 
 # Registers of a thread: with 256 threads a program, NVIDIA's 65,536 hold two programs and more, AMD's 512 a lane four.
 MOST_REGISTERS = {"sm": 128, "gfx": 128}
@@ -51,9 +52,9 @@ class Gate:
     kept: int = 16  # of 32 samples
     activation: str = "gelu"
 
-    def launch(self) -> Launch:
+    def launch(self, device: str = "meta") -> Launch:
         work = RowWork(self.op, 32, 128, self.channels, self.dtype, self.kept, self.dropout_p, self.activation)
-        return launch_of(lambda: KERNELS[self.op](*work.arguments("meta")), self.arch)
+        return launch_of(lambda: KERNELS[self.op](*work.arguments(device)), self.arch)
 
     def __str__(self) -> str:
         name = f"{self.op}, D {self.channels}, {str(self.dtype).removeprefix('torch.')}, {self.arch}"
@@ -89,6 +90,28 @@ def check(gate: Gate, *, aligned: bool = True) -> tuple[Code, list[str]]:
     launch = gate.launch()
     code = compiled(launch, aligned=aligned)
     return code, faults(gate, launch, code)
+
+
+def compiled_again() -> list[str]:
+    """Ops that Triton would compile again for another plan, dropout rate, or place of a small tensor in memory."""
+    found = []
+    for op in KERNELS:
+        first = Gate(op, 64, FULL, "sm_90")
+        others = [replace(first, kept=kept) for kept in (1, 2, 15)] + [replace(first, dropout_p=0.6)]
+        kinds = {str(specialised(gate.launch("cpu"))[1:]) for gate in (first, *others)}
+        launch = first.launch("cpu")
+        moved = {name: _moved(value) for name, value in launch.arguments.items() if name in UNSPECIALISED}
+        kinds.add(str(specialised(replace(launch, arguments=launch.arguments | moved))[1:]))
+        if len(kinds) > 1:
+            found.append(f"{op}: compiled {len(kinds)} times")
+    return found
+
+
+def _moved(value: object) -> object:
+    """A tensor that begins four bytes further on than torch's own."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.new_empty(value.numel() + 1)[1:].view(value.shape)
 
 
 ACTIVATIONS = ("gelu_tanh", "relu", "silu", "swiglu")

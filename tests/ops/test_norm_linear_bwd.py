@@ -11,7 +11,7 @@ from layerdrop_fast.reference.rows import accumulator
 from tests.ops.eager import DTYPES, LAYOUTS, same_bits, tensor
 from tests.tolerances import assert_no_worse_than_eager
 
-SIZES = ((5, 17), (1, 1), (64, 64), (65, 63), (130, 1030), (3, 512))
+SIZES = ((5, 17), (1, 1), (64, 64), (65, 63), (130, 16), (130, 1030), (3, 512))
 GIVEN = {"all": (1, 1, 1), "gamma and total": (1, 1, 0), "gamma": (0, 1, 0), "beta": (1, 0, 1), "none": (0, 0, 0)}
 
 
