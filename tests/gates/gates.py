@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.row_work import RowWork
 from layerdrop_fast.triton import KERNELS
 from layerdrop_fast.triton.launch import UNSPECIALISED
+from layerdrop_fast.triton.row_work import RowWork
 from tests.gates.aot import ARCHS, Code, Launch, compiled, launch_of, specialised
 
 # Registers of a thread: with 256 threads a program, NVIDIA's 65,536 hold two programs and more, AMD's 512 a lane four.

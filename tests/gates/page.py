@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.row_work import RowWork
 from layerdrop_fast.triton import KERNELS
+from layerdrop_fast.triton.row_work import RowWork
 from tests.gates.aot import ARCHS, Code
 from tests.gates.gates import HALF, Gate
 

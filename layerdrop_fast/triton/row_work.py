@@ -4,7 +4,7 @@ Of a branch, kept samples alone count; a functional op that returns the stream m
 does not change.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ class RowWork:
     @property
     def some(self) -> bool:
         return self.kept < self.samples
+
+    def grown(self, least: int) -> "RowWork":
+        """With positions doubled until it moves so many bytes."""
+        work = self
+        while work.moved() < least:
+            work = replace(work, positions=2 * work.positions)
+        return work
 
     def rows(self) -> tuple[list[int], list[int]]:
         """Samples of this branch and of the next, evenly spread."""
