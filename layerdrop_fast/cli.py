@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from layerdrop_fast.recipes.demo import DENSE_STEPS, Options, run_demo
 from layerdrop_fast.recipes.files import RecipeError
@@ -23,6 +26,13 @@ library, or a file of yours. You can stop it at any time with Ctrl-C; the same c
 Results go to the folder out/demo: report.html (open it in a browser), the plots as PNG files, metrics.json, and the
 trained models as safetensors files.
 """
+
+TUNE = """\
+Times each kernel of the row ops with tiles and warps next to those that the built-in rule gives, checks that results
+agree, and writes what is faster to $XDG_CACHE_HOME/layerdrop_fast/<GPU>.json (~/.cache without XDG_CACHE_HOME). Every
+process that starts later on this GPU uses it; remove the file to go back to the rule. A second run adds to the file.
+"""
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def _whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
@@ -70,8 +80,47 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU where there is one)")
     demo.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
     demo.add_argument("--no-price", action="store_true", help="leave out the table of what a training step costs")
+    tune = commands.add_parser(
+        "tune",
+        help="measure the GPU kernels' configurations on this GPU (minutes; needs a GPU)",
+        description=TUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("--op", nargs="+", metavar="OP", help="only these ops (default: all)")
+    tune.add_argument(
+        "--channels",
+        type=_whole_number(1, 1 << 20),
+        nargs="+",
+        default=(1024, 2048, 4096),
+        metavar="D",
+        help="widths of the stream, and of the activations (default: 1024 2048 4096)",
+    )
+    tune.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"), help="(default: bfloat16 float32)"
+    )
+    tune.add_argument("--file", type=Path, metavar="FILE", help="write there instead")
     commands.add_parser("info", help="versions, and which backends work here", description="Versions and backends.")
     return parser
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if find_spec("triton") is None:
+        print("layerdrop-fast: tune needs Triton, which comes with torch's CUDA and ROCm builds", file=sys.stderr)
+        return 2
+    from layerdrop_fast.triton import tune
+    from layerdrop_fast.triton.configurations import OPS
+
+    wrong = [op for op in options.op or () if op not in OPS]
+    if wrong:
+        print(f"layerdrop-fast: no op {wrong[0]!r}, expected {', '.join(OPS)}", file=sys.stderr)
+        return 2
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    try:
+        tune.run(tune.Options(options.op or OPS, options.channels, dtypes, options.file))
+    except RecipeError as error:
+        print(f"layerdrop-fast: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(describe())
         return 0
+    if options.command == "tune":
+        return _tune(options)
     chosen = {name: getattr(options, name) for name in ("layers", "text", "out", "steps", "seed", "device", "restart")}
     try:
         run_demo(Options(**chosen, price=not options.no_price))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -20,7 +21,7 @@ Update: TypeAlias = Callable[[int, str], None]
 @contextmanager
 def stage(title: str, total: int) -> Iterator[Update]:
     """Shows one stage of a run while the block goes through it."""
-    with _bar(title, total) if sys.stdout.isatty() else _lines(title, total) as update:
+    with _bar(title, total) if sys.stdout.isatty() and find_spec("rich") else _lines(title, total) as update:
         yield update
 
 

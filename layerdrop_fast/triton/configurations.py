@@ -4,11 +4,13 @@ The rule is one for all: a thread holds a few 16-byte vectors of each tensor, an
 where it fits. ``tune.py`` measures its neighbours on a GPU and writes what won; that is preferred where it exists.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -74,15 +76,33 @@ def configuration(op: str, channels: int, dtype: torch.dtype, arch: str) -> Conf
 
 def chosen(op: str, channels: int, dtype: torch.dtype, device: torch.device) -> Configuration:
     """What was tuned for this GPU, else the rule."""
-    gpu, arch = gpu_of(device.index if device.type == "cuda" else None)
+    gpu, arch = gpu_of(device)
     return _tuned(gpu).get(entry(op, channels, dtype)) or configuration(op, channels, dtype, arch)
 
 
+@contextlib.contextmanager
+def preferred(
+    candidate: Configuration, op: str, channels: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """``chosen`` is the candidate inside the block."""
+    tuned, key = _tuned(gpu_of(device)[0]), entry(op, channels, dtype)
+    before = tuned.get(key)
+    tuned[key] = candidate
+    try:
+        yield
+    finally:
+        del tuned[key]
+        if before is not None:
+            tuned[key] = before
+
+
+def gpu_of(device: torch.device) -> tuple[str, str]:
+    """Name and architecture; the CPU stands for the interpreter and has no name."""
+    return _gpu_at(device.index) if device.type == "cuda" else ("", "sm_90")
+
+
 @functools.cache
-def gpu_of(index: int | None) -> tuple[str, str]:
-    """Name and architecture. None is the interpreter."""
-    if index is None:
-        return "", "sm_90"
+def _gpu_at(index: int) -> tuple[str, str]:
     properties = torch.cuda.get_device_properties(index)
     return properties.name, arch_of(properties)
 
@@ -110,6 +130,20 @@ def read_tuned(path: Path) -> dict[str, Configuration]:
         return {key: Configuration(**fields) for key, fields in json.loads(path.read_text())["configurations"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected tuned configurations: {error}") from error
+
+
+def write_tuned(path: Path, found: dict[str, Configuration], provenance: dict[str, str]) -> None:
+    """Adds to what the file holds, in one move: whoever reads finds the old content or the new."""
+    known = read_tuned(path) if path.exists() else {}
+    runs = json.loads(path.read_text()).get("runs", []) if path.exists() else []
+    content = {
+        "runs": [*runs, {**provenance, "entries": sorted(found)}],
+        "configurations": {key: dataclasses.asdict(config) for key, config in sorted({**known, **found}.items())},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
 
 
 @functools.cache
