@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.activation import Act
 from benchmarks.side_by_side import compare
 from layerdrop_fast import ops
 from layerdrop_fast.ops import owned_stream
@@ -117,20 +118,6 @@ def test_row_work(benchmark, dtype, p):
         {name: lambda way=way: branches.run(way, p) for name, way in WAYS.items()},
         branches.bytes_moved(),
     )
-
-
-class Act(torch.autograd.Function):
-    """The elementwise half of ``act_linear``: it saves u, and makes activation and mask anew in backward."""
-
-    @staticmethod
-    def forward(ctx, u, *others):
-        ctx.save_for_backward(u)
-        ctx.others = others
-        return torch.ops.layerdrop_fast.act(u, *others)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.ops.layerdrop_fast.act_bwd(*ctx.saved_tensors, grad, *ctx.others)[0], *[None] * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

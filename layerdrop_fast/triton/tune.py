@@ -30,7 +30,7 @@ from layerdrop_fast.triton.configurations import (
 )
 from layerdrop_fast.triton.norm_linear import PART
 from layerdrop_fast.triton.row_work import RowWork
-from layerdrop_fast.triton.timing import LEAST_BYTES, Device, check_agreement, listed, provenance, spread
+from layerdrop_fast.triton.timing import Device, check_agreement, listed, provenance, spread
 
 CHANNELS = (1024, 2048, 4096)
 MOST_THREADS, MOST_TILE = 1024, 64 << 10
@@ -112,8 +112,7 @@ def measure(work: RowWork, device: Device, rounds: int = ROUNDS) -> Found:
         Disagreement: one of them gives other results than the rule.
     """
     of = work.op, work.channels, work.dtype
-    times = max(2, -(-LEAST_BYTES // work.moved())) if device.is_gpu else 2
-    sets = [work.arguments(device.device) for _ in range(times)]
+    sets = [work.arguments(device.device) for _ in range(device.repetitions(work.moved()))]
     call = getattr(torch.ops.layerdrop_fast, work.op)
 
     def calls(candidate: Configuration, given: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -1,0 +1,164 @@
+"""Runs the stages in order, each in a process of its own with a budget, and prints a table last."""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check import report
+from benchmarks.gpu_check.check import ROOT, Check, commit, write
+
+# Seconds of each, gates first, 530 together; what one leaves over, the next get.
+BUDGETS = {
+    "build": 60,
+    "tests": 180,
+    "synchronisation": 35,
+    "graph": 25,
+    "sanitizer": 50,
+    "comparison": 75,
+    "rooflines": 105,
+}
+TUNING_BUDGET = 120
+GRACE = 10
+OUTPUT = 8000  # characters of a stage's output that its record keeps
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="on the CPU, in Triton's interpreter, at tiny sizes")
+    parser.add_argument("--tune", action="store_true", help="also tune some kernels, after the rest")
+    parser.add_argument("--out", type=Path, help="folder of the records (default: $OUT, else benchmarks/results/<GPU>)")
+    parser.add_argument("--only", nargs="+", choices=[*BUDGETS, "tuning"], help="only these stages")
+    parser.add_argument("--report", action="store_true", help="only print the table of what lies in the folder")
+    parser.add_argument("--stage", nargs=2, metavar=("NAME", "SECONDS"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    if given.stage:
+        name, seconds = given.stage
+        return run_here(name, given.out, given.dry, float(seconds))
+    if not given.dry and not given.report and not has_gpu():
+        print("gpu-check: torch finds no GPU here; `make gpu-check DRY=1` runs the same on a CPU", file=sys.stderr)
+        return 2
+    folder = given.out or results_folder(given.dry)
+    if given.report:
+        print(report.table(read(folder)))
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9]_*.json"):
+        old.unlink()
+    print(f"gpu-check{' (dry)' if given.dry else ''}: records in {folder}", flush=True)
+    begin = time.monotonic()
+    red = run_all(folder, given.dry, chosen_stages(given))
+    print(f"\n{report.table(read(folder))}\nin {time.monotonic() - begin:.0f} s; records in {folder}", flush=True)
+    return 1 if red else 0
+
+
+def chosen_stages(given: argparse.Namespace) -> dict[str, int]:
+    stages = BUDGETS | ({"tuning": TUNING_BUDGET} if given.tune or given.dry else {})
+    return {name: seconds for name, seconds in stages.items() if not given.only or name in given.only}
+
+
+def run_all(folder: Path, dry: bool, stages: dict[str, int]) -> bool:
+    """Whether one was red: nothing runs after it."""
+    end = time.monotonic() + sum(stages.values())
+    for number, name in enumerate(stages, 1):
+        later = sum(list(stages.values())[number:])
+        seconds = max(round(end - later - time.monotonic()), 1)
+        record = run_apart(folder / f"{number}_{name}.json", name, dry, seconds)
+        print(report.line(record), flush=True)
+        if record["state"] == "red":
+            print(record["output"], flush=True)
+            return True
+    return False
+
+
+def run_apart(file: Path, name: str, dry: bool, seconds: float) -> dict[str, Any]:
+    """A stage in a process of its own, its record."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--stage", name, str(seconds), "--out", str(file)]
+    environment = {**os.environ, **({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if dry else {})}
+    begin, state = time.monotonic(), "stopped"
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [*command, *(["--dry"] if dry else [])],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(seconds + GRACE)
+            state = "red" if status else "ok"
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # with what it started, also after Ctrl-C
+            if state != "ok":
+                kill_group(process.pid)
+            process.wait()
+        output.seek(0)
+        printed = output.read()
+    saved = json.loads(file.read_text()) if file.exists() else {"result": {}}
+    if state == "red":  # no number of a red stage is kept
+        saved = {"result": {}}
+    elif saved["result"].get("absent"):
+        state = "absent"
+    record = {
+        "stage": name,
+        "state": state,
+        "dry": dry,
+        "seconds": round(time.monotonic() - begin, 1),
+        "budget": seconds,
+        "command": ["python", *command[1:]],
+        **saved,
+        "output": printed[-OUTPUT:],
+    }
+    write(file, record)
+    return record
+
+
+def kill_group(leader: int) -> None:
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def run_here(name: str, file: Path, dry: bool, seconds: float) -> int:
+    """A stage in this process; what it raises is its output."""
+    provenance = importlib.import_module("layerdrop_fast.triton.timing").provenance()
+    check = Check(file, dry, time.monotonic() + seconds, {**provenance, "commit": commit()})
+    check.save({})
+    check.save(importlib.import_module(f"benchmarks.gpu_check.{name}").run(check))
+    return 0
+
+
+def has_gpu() -> bool:
+    return bool(importlib.import_module("torch").cuda.is_available())
+
+
+def results_folder(dry: bool) -> Path:
+    if out := os.environ.get("OUT"):
+        return Path(out)
+    if dry:
+        return ROOT / "out" / "gpu-check"
+    gpu = importlib.import_module("torch").cuda.get_device_name()
+    return ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9]+", "-", gpu)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]_*.json"))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
