@@ -8,7 +8,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 # Where `make bench` puts its statistics: one folder a machine.
 RESULTS ?= benchmarks/results/local
 
-.PHONY: venv demo test test-slow gates sanitize lint format bench clean
+.PHONY: venv demo test test-slow gates sanitize lint format bench gpu-check clean
 
 venv: .venv/built
 
@@ -29,6 +29,7 @@ demo: venv
 # A process a core, each with one thread.
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+	$(MAKE) --no-print-directory gpu-check DRY=1
 	.ci/sanitize --if-possible
 
 test-slow: venv
@@ -55,6 +56,11 @@ format: venv
 bench: venv
 	$(BIN)/python -m pytest benchmarks -m "slow or not slow" --timeout 3600 --benchmark-enable \
 		--benchmark-storage=file://$(RESULTS) --benchmark-save=$(or $(NAME),bench)
+
+# On a machine with a GPU: its own Python and torch, and nothing is downloaded. DRY=1: on a CPU, in .venv. TUNE=1: also tunes.
+gpu-check: $(if $(DRY),venv)
+	$(if $(DRY),CFLAGS=-Werror PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check \
+		$(if $(DRY),--dry) $(if $(TUNE),--tune)
 
 clean:
 	rm -rf .venv build out *.egg-info layerdrop_fast/*.so

@@ -19,10 +19,11 @@ def main() -> None:
     step = Step(device.device, torch.float32, tiny=not device.is_gpu)
     for owned in (False, True):
         step.run(owned)
+    samples, positions = (4, 3) if device.is_gpu else (2, 1)
     # Rows that registers hold, and that they do not; an odd number of channels, half of the samples kept.
     for channels, dtype in ((99, torch.float32), (16387, torch.bfloat16)):
         for op in OPS:
-            work = RowWork(op, 4, 3, channels, dtype, kept=2)
+            work = RowWork(op, samples, positions, channels, dtype, kept=samples // 2)
             getattr(torch.ops.layerdrop_fast, op)(*work.arguments(device.device))
     device.synchronise()
 

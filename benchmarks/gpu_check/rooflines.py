@@ -59,7 +59,13 @@ def works(dry: bool) -> Iterator[RowWork]:
 
 def run(check: Check) -> dict[str, Any]:
     device = check.device
-    result: dict[str, Any] = {"plans": plans(device, check.dry), "kernels": []}
+    large = 4 << 10 if check.dry else 8 << 30
+    seconds = device.in_turn({"copy": device.copy(large, 1)}, 1 if check.dry else ROUNDS)["copy"]
+    result: dict[str, Any] = {
+        f"copy of {large} bytes, GB/s": spread([large / taken / 1e9 for taken in seconds]),
+        "plans": plans(device, check.dry),
+        "kernels": [],
+    }
     check.save(result)
     compile_all([replace(work, positions=16) for work in works(check.dry)], check.dry)
     for work in works(check.dry):

@@ -35,11 +35,13 @@ def waiting_is_an_error(on_gpu: bool) -> Iterator[None]:
     number = torch.ones((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
+        refused = False
         try:
             number.item()
         except RuntimeError:
-            yield
-        else:
+            refused = True
+        if not refused:
             raise Failed("set_sync_debug_mode('error') lets a number be read")
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,164 @@
+"""What `make gpu-check` makes of its stages; that they work is seen in its dry run, part of `make test`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import report
+from benchmarks.gpu_check.check import ROOT, Failed
+from benchmarks.gpu_check.sanitizer import verdict
+
+
+def record(stage, state="ok", result=None, dry=False):
+    return {"stage": stage, "state": state, "seconds": 1.0, "budget": 2, "dry": dry, "result": result or {}}
+
+
+def spread(value):
+    return {"median": value, "quartile 1": value, "quartile 3": value}
+
+
+def kernel(op, channels, share, dtype="bfloat16", kept=16):
+    of = {"op": op, "channels": channels, "dtype": dtype, "kept": kept, "samples": 32}
+    return {**of, "share of copy": spread(share), "copy, GB/s": 4000.0}
+
+
+def comparison(eager, compiled, work="add, dropout, norm"):
+    faster = {"eager": spread(eager), "torch.compile": spread(compiled)}
+    way = {"milliseconds": {"ours": spread(0.1)}, "times faster": faster}
+    return {"work": work, "size": "[32, 512, 4096]", "forward": way, "forward and backward": way, "left out": {}}
+
+
+def measured(kernels, rows, plan):
+    left = {"left out for lack of time": 0}
+    return [
+        record("comparison", result={"rows": rows, **left}),
+        record("rooflines", result={"kernels": kernels, "plans": {"40 x 64, systematic": spread(plan)}, **left}),
+    ]
+
+
+def test_the_whole_takes_nine_minutes_at_most():
+    assert sum(gpu_check.BUDGETS.values()) + gpu_check.GRACE <= 540
+
+
+def test_records_fit_into_one_folder_of_eight_files():
+    assert len(gpu_check.BUDGETS) + 2 <= 8  # of tuning the record and the file that chosen reads
+
+
+def test_targets_that_are_hit_and_missed():
+    good = measured([kernel("act", 4096, 0.95), kernel("act", 512, 0.5)], [comparison(3.5, 1.3)], 8.0)
+    text = report.table(good)
+    assert text.count("hit") == 6
+    assert "MISSED" not in text
+    assert "1 of 1; least 0.95, act 4096 bfloat16" in text
+    bad = measured([kernel("act", 4096, 0.89)], [comparison(3.5, 1.3), comparison(2.9, 1.1)], 10.1)
+    assert report.table(bad).count("MISSED") == 6
+    # The activation is no fused op of the target.
+    assert report.table(measured([], [comparison(1.0, 1.0, "gelu, dropout")], 8.0)).count("not measured") == 5
+
+
+def test_of_a_red_run_no_speed_is_shown():
+    text = report.table([record("graph", "red"), *measured([kernel("act", 4096, 0.95)], [comparison(3.5, 1.3)], 8.0)])
+    assert "RED: graph; no speeds" in text
+    assert "0.95" not in text
+    assert "3.50" not in text
+
+
+def test_a_dry_run_hits_nothing():
+    records = [{**each, "dry": True} for each in measured([kernel("act", 4096, 0.95)], [comparison(3.5, 1.3)], 8.0)]
+    assert "hit" not in report.table(records)
+    assert "DRY" in report.table(records)
+
+
+def test_nothing_runs_after_a_red_stage(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def run_apart(file, name, dry, seconds):
+        ran.append(name)
+        return {**record(name, "red" if name == "tests" else "ok"), "output": "why"}
+
+    monkeypatch.setattr(gpu_check, "run_apart", run_apart)
+    assert gpu_check.run_all(tmp_path, False, {"build": 1, "synchronisation": 1, "tests": 1, "graph": 1})
+    assert ran == ["build", "synchronisation", "tests"]
+    assert "why" in capsys.readouterr().out
+
+
+def test_what_a_stage_leaves_over_the_next_get(monkeypatch, tmp_path):
+    given = []
+
+    def run_apart(file, name, dry, seconds):
+        given.append((file.name, seconds))
+        return record(name)
+
+    monkeypatch.setattr(gpu_check, "run_apart", run_apart)
+    assert not gpu_check.run_all(tmp_path, False, {"build": 10, "graph": 20})
+    assert given == [("1_build.json", 10), ("2_graph.json", 30)]
+
+
+def test_a_stage_that_fails_is_red_and_keeps_no_number(tmp_path):
+    file = tmp_path / "1_report.json"
+    found = gpu_check.run_apart(file, "report", True, 60)  # a module that is no stage
+    assert found == json.loads(file.read_text())
+    assert (found["state"], found["result"]) == ("red", {})
+    assert "has no attribute 'run'" in found["output"]
+
+
+def test_a_stage_that_outruns_its_budget_is_stopped(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "GRACE", 0)
+    found = gpu_check.run_apart(tmp_path / "1_rooflines.json", "rooflines", True, 0.5)
+    assert (found["state"], found["result"]) == ("stopped", {})
+    assert found["seconds"] < 30
+    assert report.line(found).split()[:2] == ["rooflines", "stopped"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "none found"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "none found"),
+        ("at cutlass_kernel\n========= ERROR SUMMARY: 2 errors", 0, "nothing in our kernels; elsewhere ERROR SUMMARY"),
+        ("Device not supported\n========= ERROR SUMMARY: 1 error", 1, "does not run here, status 1: Device not"),
+        ("Traceback", 1, "does not run here, status 1: Traceback"),
+    ],
+)
+def test_what_the_sanitizer_says(printed, status, expected):
+    assert verdict(printed, status).startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["gather_norm_fwd_kernel", "act_bwd_kernel", "draw_plan_kernel", "step_key_kernel"])
+def test_what_the_sanitizer_finds_in_our_kernels_is_red(name):
+    with pytest.raises(Failed, match=name):
+        verdict(f"Invalid __global__ write at {name}+0x10\n========= ERROR SUMMARY: 1 error", 0)
+
+
+TESTS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("i", range(7))
+def test_one(i):
+    time.sleep(SLEEP)
+    assert i != 3
+"""
+
+
+@pytest.mark.parametrize(("sleep", "seconds", "total", "status"), [(0, 60, 7, {0, 1}), (0.2, 0, 2, {2})])
+def test_shares_are_all_tests_once_and_stop_in_time(tmp_path, sleep, seconds, total, status):
+    import time
+
+    (tmp_path / "test_it.py").write_text(TESTS.replace("SLEEP", str(sleep)))
+    ended, codes = [], set()
+    for index in range(2):
+        file = tmp_path / str(index)
+        share = json.dumps([index, 2, time.time() + seconds, str(file)])
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_check.share", str(tmp_path)]
+        environment = {**os.environ, "GPU_CHECK_SHARE": share, "PYTHONPATH": str(ROOT)}
+        codes.add(subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode)
+        ended.append(json.loads(Path(file).read_text()))
+    assert [counts["collected"] for counts in ended] == [4, 3]
+    assert sum(counts.get("passed", 0) + counts.get("failed", 0) for counts in ended) == total
+    assert codes == status
