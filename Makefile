@@ -57,7 +57,7 @@ bench: venv
 	$(BIN)/python -m pytest benchmarks -m "slow or not slow" --timeout 3600 --benchmark-enable \
 		--benchmark-storage=file://$(RESULTS) --benchmark-save=$(or $(NAME),bench)
 
-# On a machine with a GPU: its own Python and torch, and nothing is downloaded. DRY=1: on a CPU, in .venv. TUNE=1: also tunes.
+# On a machine with a GPU: its own Python and torch, nothing is downloaded. DRY=1: on a CPU, in .venv. TUNE=1: tunes too.
 gpu-check: $(if $(DRY),venv)
 	$(if $(DRY),CFLAGS=-Werror PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check \
 		$(if $(DRY),--dry) $(if $(TUNE),--tune)

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 def commit() -> str:
     """Of the working tree, or that it is in no repository."""
+    if shutil.which("git") is None:
+        return "unknown: no git"
     asked = [
         subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))

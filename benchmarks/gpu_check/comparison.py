@@ -92,7 +92,7 @@ class Branch:
         ones = torch.ones(self.width, dtype=self.size.dtype, device=self.key.device)
 
         def flash_attn(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            normalised, stream = layer_norm_fn(y, ones, None, residual=x, dropout_p=P, prenorm=True)
+            normalised, stream = layer_norm_fn(y, ones, None, residual=x, eps=1e-5, dropout_p=P, prenorm=True)
             return stream, normalised
 
         return {"flash-attn": flash_attn}

@@ -11,12 +11,12 @@ from benchmarks.gpu_check.check import use_the_kernels
 def main() -> None:
     use_the_kernels(os.environ.get("TRITON_INTERPRET") == "1")
     from benchmarks.gpu_check.rooflines import OPS
-    from benchmarks.gpu_check.step import Step
+    from benchmarks.gpu_check.step import VARIANTS, Step
     from layerdrop_fast.triton.row_work import RowWork
     from layerdrop_fast.triton.timing import Device
 
     device = Device()
-    step = Step(device.device, torch.float32, tiny=not device.is_gpu)
+    step = Step(device.device, *VARIANTS[0], tiny=not device.is_gpu)
     for owned in (False, True):
         step.run(owned)
     samples, positions = (4, 3) if device.is_gpu else (2, 1)

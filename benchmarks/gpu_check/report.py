@@ -28,7 +28,7 @@ def line(record: Record) -> str:
 
 def table(records: list[Record]) -> str:
     """Stages, then kernels, comparisons and targets."""
-    lines = [line(record) for record in records]
+    lines = [*measured_on(records), *(line(record) for record in records)]
     if red := [record["stage"] for record in records if record["state"] == "red"]:
         return "\n".join([*lines, f"RED: {', '.join(red)}; no speeds"])
     found = {record["stage"]: record["result"] for record in records}
@@ -42,6 +42,13 @@ def table(records: list[Record]) -> str:
         verdict = "dry" if dry else "not measured" if hit is None else "hit" if hit else "MISSED"
         lines.append(f"{goal:<60}{measured:<40}{verdict}")
     return "\n".join(lines)
+
+
+def measured_on(records: list[Record]) -> Iterator[str]:
+    """One line, of the last record."""
+    for provenance in [record["provenance"] for record in records if "provenance" in record][-1:]:
+        versions = ", ".join(f"{name} {provenance[name]}" for name in ("driver", "torch", "triton", "commit", "date"))
+        yield f"{provenance['gpu']}: {versions}"
 
 
 def kernels(rows: list[Record]) -> Iterator[str]:

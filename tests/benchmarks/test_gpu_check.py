@@ -107,12 +107,13 @@ def test_a_stage_that_fails_is_red_and_keeps_no_number(tmp_path):
     assert "has no attribute 'run'" in found["output"]
 
 
-def test_a_stage_that_outruns_its_budget_is_stopped(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("stage", "state"), [("rooflines", "stopped"), ("whole_step", "red")])
+def test_a_stage_that_outruns_its_budget_is_stopped(monkeypatch, tmp_path, stage, state):
     monkeypatch.setattr(gpu_check, "GRACE", 0)
-    found = gpu_check.run_apart(tmp_path / "1_rooflines.json", "rooflines", True, 0.5)
-    assert (found["state"], found["result"]) == ("stopped", {})
+    found = gpu_check.run_apart(tmp_path / f"1_{stage}.json", stage, True, 0.5)
+    assert (found["state"], found["result"]) == (state, {})
     assert found["seconds"] < 30
-    assert report.line(found).split()[:2] == ["rooflines", "stopped"]
+    assert report.line(found).split()[:2] == [stage, state]
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,10 @@ for module in {sys.modules[launcher.__module__] for launcher in KERNELS.values()
 
 OPCHECK = """
 for op in KERNELS:
-    for kept in (1, 2):
-        given = RowWork(op, 2, 2, 16, torch.float32, kept).arguments(device.device)
-        launched.clear()
-        torch.library.opcheck(getattr(torch.ops.layerdrop_fast, op).default, given)
-        assert launched, op
+    given = RowWork(op, 2, 2, 16, torch.float32, kept=1).arguments(device.device)
+    launched.clear()
+    torch.library.opcheck(getattr(torch.ops.layerdrop_fast, op).default, given)
+    assert launched, op
 """
 
 COMPILE = """
