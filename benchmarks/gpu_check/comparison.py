@@ -16,7 +16,7 @@ from benchmarks.activation import Act
 from benchmarks.gpu_check.check import Check
 from layerdrop_fast import ops
 from layerdrop_fast.triton.row_work import RowWork
-from layerdrop_fast.triton.timing import Device, Disagreement, check_agreement, spread
+from layerdrop_fast.triton.timing import Device, Disagreement, Replay, check_agreement, spread
 
 P = 0.1
 SAMPLES, POSITIONS, ROUNDS = 32, 512, 20
@@ -24,6 +24,7 @@ SAMPLES, POSITIONS, ROUNDS = 32, 512, 20
 ROUNDINGS = 3.0
 # Six standard errors of the share that dropout keeps.
 ERRORS = 6
+PASSES = {"forward": False, "forward and backward": True}
 
 Way = Callable[..., tuple[Tensor, ...]]
 
@@ -145,45 +146,52 @@ def sizes(dry: bool) -> list[tuple[type[Branch], Size]]:
 
 
 def run(check: Check) -> dict[str, Any]:
-    result: dict[str, Any] = {"rows": [], "left out for lack of time": 0}
+    result: dict[str, Any] = {"rows": [], "left out": {}, "left out for lack of time": 0}
     for kind, size in sizes(check.dry):
         if check.left() < 12:
             result["left out for lack of time"] += 1
             continue
-        result["rows"].append(measure(kind, size, check.device, 1 if check.dry else ROUNDS))
+        rounds = 1 if check.dry else ROUNDS
+        result["rows"].append(measure(kind, size, check.device, rounds, result["left out"]))
         check.save(result)
     return result
 
 
-def measure(kind: type[Branch], size: Size, device: Device, rounds: int) -> dict[str, Any]:
-    """Milliseconds of each way, forward, and forward and backward; how many times faster ours is than each other."""
+def measure(kind: type[Branch], size: Size, device: Device, rounds: int, left_out: dict[str, str]) -> dict[str, Any]:
+    """Milliseconds of each way, and how many times faster ours is. Another way that fails is left out from then on."""
     torch._dynamo.reset()
     branch = kind(size, device.device)
     ways: dict[str, Way] = {
         "ours": branch.ours,
         "eager": branch.eager,
-        "torch.compile": torch.compile(branch.eager, dynamic=False),
         **branch.peers(),
+        "torch.compile": torch.compile(branch.eager, dynamic=False),
     }
     moved = RowWork(kind.op, size.samples, size.positions, size.channels, size.dtype, kept=size.kept).moved()
     times = device.repetitions(moved)
     sets = [branch.inputs(device.device) for _ in range(times)]
-    row: dict[str, Any] = {"work": kind.title, "size": str(size), "calls": times, "left out": {}}
-    for name, way in list(ways.items()):
+    replays: dict[str, dict[str, Replay]] = {what: {} for what in PASSES}
+    for name, way in ways.items():
+        if name in left_out:
+            continue
         try:
             check_way(f"{kind.title}, {size}, {name}", branch, way, *sets[0])
+            captured = {what: device.capture(calls(way, sets, backward)) for what, backward in PASSES.items()}
         except (Disagreement, RuntimeError) as error:
             if name == "ours":
                 raise
-            row["left out"][name] = f"{type(error).__name__}: {error}"[:1000]
-            del ways[name]
-    for what, backward in (("forward", False), ("forward and backward", True)):
-        replays = {name: device.capture(calls(way, sets, backward)) for name, way in ways.items()}
-        seconds = device.in_turn(replays, rounds)
+            left_out[name] = f"{kind.title}, {size}: {type(error).__name__}: {error}"[:1000]
+        else:
+            for what, replay in captured.items():
+                replays[what][name] = replay
+    row: dict[str, Any] = {"work": kind.title, "size": str(size), "calls": times}
+    for what in PASSES:
+        seconds = device.in_turn(replays[what], rounds)
+        ours = seconds["ours"]
         row[what] = {
             "milliseconds": {name: spread([1e3 * s / times for s in taken]) for name, taken in seconds.items()},
             "times faster": {
-                name: spread([b / a for a, b in zip(seconds["ours"], taken, strict=True)])
+                name: spread([b / a for a, b in zip(ours, taken, strict=True)])
                 for name, taken in seconds.items()
                 if name != "ours"
             },

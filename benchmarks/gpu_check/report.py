@@ -36,7 +36,7 @@ def table(records: list[Record]) -> str:
     if dry:
         lines.append("DRY: times of Triton's interpreter on a CPU, which say nothing about a GPU")
     lines += kernels(found.get("rooflines", {}).get("kernels", []))
-    lines += comparisons(found.get("comparison", {}).get("rows", []))
+    lines += comparisons(found.get("comparison", {}))
     lines += ["", "target for an H200" + " " * 42 + "measured"]
     for goal, measured, hit in targets(found):
         verdict = "dry" if dry else "not measured" if hit is None else "hit" if hit else "MISSED"
@@ -69,13 +69,13 @@ def kernels(rows: list[Record]) -> Iterator[str]:
             yield f"a copy, GB/s: {min(copies):.0f} to {max(copies):.0f}"
 
 
-def comparisons(rows: list[Record]) -> Iterator[str]:
-    for row in rows:
+def comparisons(result: Record) -> Iterator[str]:
+    for row in result.get("rows", []):
         yield f"\n{row['work']}, {row['size']}: ours, ms, and how many times as fast as the others"
         for what in ("forward", "forward and backward"):
             faster = ", ".join(f"{name} {of['median']:.2f}x" for name, of in row[what]["times faster"].items())
             yield f"  {what:<22}{row[what]['milliseconds']['ours']['median']:>8.3f}  {faster}"
-        yield from (f"  left out: {name}: {why[:200]}" for name, why in row["left out"].items())
+    yield from (f"left out: {name}: {why[:300]}" for name, why in result.get("left out", {}).items())
 
 
 def targets(found: dict[str, Any]) -> Iterator[tuple[str, str, bool | None]]:
