@@ -27,6 +27,7 @@ BUDGETS = {
 }
 # Without their verdict nothing is timed: one that is stopped is red.
 GATES = ("build", "tests", "whole_step")
+MEASURE = ("comparison", "rooflines", "tuning")
 TUNING_BUDGET = 120
 GRACE = 10
 DRY_BUDGETS = 4  # times as long, for a small machine with other work
@@ -60,8 +61,6 @@ def main() -> int:
         return 2
     folder = given.out or results_folder(given.dry)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9]_*.json"):
-        old.unlink()
     print(f"gpu-check{' (dry)' if given.dry else ''}: records in {folder}", flush=True)
     begin = time.monotonic()
     red = run_all(folder, given.dry, chosen_stages(given))
@@ -78,13 +77,19 @@ def chosen_stages(given: argparse.Namespace) -> dict[str, int]:
 def run_all(folder: Path, dry: bool, stages: dict[str, int]) -> bool:
     """Whether one was red: nothing runs after it."""
     end = time.monotonic() + sum(stages.values())
-    for number, name in enumerate(stages, 1):
-        later = sum(list(stages.values())[number:])
-        seconds = max(round(end - later - time.monotonic()), 1)
-        record = run_apart(folder / f"{number}_{name}.json", name, dry, seconds)
+    files = {name: folder / f"{number}_{name}.json" for number, name in enumerate([*BUDGETS, "tuning"], 1)}
+    for name in stages:
+        files[name].unlink(missing_ok=True)
+    later = sum(stages.values())
+    for name, budget in stages.items():
+        later -= budget
+        record = run_apart(files[name], name, dry, max(round(end - later - time.monotonic()), 1))
         print(report.line(record), flush=True)
         if record["state"] == "red":
             print(record["output"], flush=True)
+            for other in MEASURE:  # no number of a red run is kept
+                if other in stages and files[other].exists():
+                    write(files[other], {**json.loads(files[other].read_text()), "result": {}})
             return True
     return False
 
@@ -115,7 +120,7 @@ def run_apart(file: Path, name: str, dry: bool, seconds: float) -> dict[str, Any
         output.seek(0)
         printed = output.read()
     saved = json.loads(file.read_text()) if file.exists() else {"result": {}}
-    if state == "red":  # no number of a red stage is kept
+    if state == "red":
         saved = {"result": {}}
     elif saved["result"].get("absent"):
         state = "absent"

@@ -74,29 +74,39 @@ def test_a_dry_run_hits_nothing():
     assert "DRY" in report.table(records)
 
 
-def test_nothing_runs_after_a_red_stage(monkeypatch, tmp_path, capsys):
+def stages(monkeypatch, red=()):
+    """What run_all runs, in place of the stages themselves."""
     ran = []
+    result = {"rows": [], "kernels": [], "tuned": [], "passed": 1, "left": 0, "left out for lack of time": 0}
 
     def run_apart(file, name, dry, seconds):
-        ran.append(name)
-        return {**record(name, "red" if name == "tests" else "ok"), "output": "why"}
+        ran.append((name, seconds))
+        found = {**record(name, "red" if name in red else "ok", result), "output": "why"}
+        file.write_text(json.dumps(found))
+        return found
 
     monkeypatch.setattr(gpu_check, "run_apart", run_apart)
-    assert gpu_check.run_all(tmp_path, False, {"build": 1, "synchronisation": 1, "tests": 1, "graph": 1})
-    assert ran == ["build", "synchronisation", "tests"]
+    return ran
+
+
+@pytest.mark.parametrize("red", ["tests", "rooflines"])
+def test_nothing_runs_after_a_red_stage_and_no_speed_is_kept(monkeypatch, tmp_path, capsys, red):
+    names = list(gpu_check.BUDGETS)
+    ran = stages(monkeypatch, {red})
+    assert gpu_check.run_all(tmp_path, False, dict.fromkeys([*names, "tuning"], 1))
+    assert [name for name, _ in ran] == names[: names.index(red) + 1]
     assert "why" in capsys.readouterr().out
+    kept = {found["stage"] for found in gpu_check.read(tmp_path) if found["result"]}
+    assert not kept & set(gpu_check.MEASURE)
 
 
 def test_what_a_stage_leaves_over_the_next_get(monkeypatch, tmp_path):
-    given = []
-
-    def run_apart(file, name, dry, seconds):
-        given.append((file.name, seconds))
-        return record(name)
-
-    monkeypatch.setattr(gpu_check, "run_apart", run_apart)
-    assert not gpu_check.run_all(tmp_path, False, {"build": 10, "graph": 20})
-    assert given == [("1_build.json", 10), ("2_graph.json", 30)]
+    old = tmp_path / "1_build.json"
+    old.write_text(json.dumps(record("build")))
+    ran = stages(monkeypatch)
+    assert not gpu_check.run_all(tmp_path, False, {"whole_step": 10, "rooflines": 20})
+    assert ran == [("whole_step", 10), ("rooflines", 30)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["1_build.json", "3_whole_step.json", "6_rooflines.json"]
 
 
 def test_a_stage_that_fails_is_red_and_keeps_no_number(tmp_path):
