@@ -10,7 +10,6 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ def tune(options: Options, device: Device) -> Iterator[Found]:
 
 
 def measure(work: RowWork, device: Device, rounds: int = ROUNDS) -> Found:
-    """Times the candidates in turn. A candidate beats the rule where their quartiles lie apart.
+    """Times each candidate in turn with the rule. It is faster where their quartiles lie apart.
 
     Raises:
         Disagreement: one of them gives other results than the rule.
@@ -119,24 +118,27 @@ def measure(work: RowWork, device: Device, rounds: int = ROUNDS) -> Found:
         with preferred(candidate, *of, device.device):
             return [call(*arguments) for arguments in given]
 
+    def microseconds(seconds: list[float]) -> dict[str, float]:
+        return spread([1e6 * second / len(sets) for second in seconds])
+
     rule, *others = candidates(*of, gpu_of(device.device)[1])
     expected = listed(calls(rule, sets[:1])[0])
-    able = [rule]
+    usual = device.capture(functools.partial(calls, rule, sets))
+    rule_us = microseconds(device.in_turn({"rule": usual}, rounds)["rule"])["median"]
+    found = Found(entry(*of), rule, rule, rule_us, rule_us, 1)
     for candidate in others:
         try:
             got = listed(calls(candidate, sets[:1])[0])
         except OutOfResources:
             continue
         check_agreement(f"{entry(*of)} with {candidate}", got, expected)
-        able.append(candidate)
-    replays = {_short(one): device.capture(functools.partial(calls, one, sets)) for one in able}
-    seconds = device.in_turn(replays, rounds)
-    per_call = {name: [1e6 * s / len(sets) for s in times] for name, times in seconds.items()}
-    fastest = min(able, key=lambda candidate: median(per_call[_short(candidate)]))
-    best, usual = (spread(per_call[_short(candidate)]) for candidate in (fastest, rule))
-    if best["quartile 3"] >= usual["quartile 1"]:
-        fastest, best = rule, usual
-    return Found(entry(*of), rule, fastest, usual["median"], best["median"], len(able))
+        replays = {"rule": usual, "candidate": device.capture(functools.partial(calls, candidate, sets))}
+        before, after = map(microseconds, device.in_turn(replays, rounds).values())
+        found = dataclasses.replace(found, tried=found.tried + 1)
+        faster = after["median"] / before["median"] < found.fastest_us / found.rule_us
+        if faster and after["quartile 3"] < before["quartile 1"]:
+            found = dataclasses.replace(found, fastest=candidate, rule_us=before["median"], fastest_us=after["median"])
+    return found
 
 
 def run(options: Options) -> None:
