@@ -77,7 +77,7 @@ def chosen_stages(given: argparse.Namespace) -> dict[str, int]:
 def run_all(folder: Path, dry: bool, stages: dict[str, int]) -> bool:
     """Whether one was red: nothing runs after it."""
     end = time.monotonic() + sum(stages.values())
-    files = {name: folder / f"{number}_{name}.json" for number, name in enumerate([*BUDGETS, "tuning"], 1)}
+    files = records(folder)
     for name in stages:
         files[name].unlink(missing_ok=True)
     later = sum(stages.values())
@@ -167,8 +167,12 @@ def results_folder(dry: bool) -> Path:
     return ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9]+", "-", gpu)
 
 
+def records(folder: Path) -> dict[str, Path]:
+    return {name: folder / f"{number}_{name}.json" for number, name in enumerate([*BUDGETS, "tuning"], 1)}
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]_*.json"))]
+    return [json.loads(file.read_text()) for file in records(folder).values() if file.exists()]
 
 
 if __name__ == "__main__":
