@@ -47,6 +47,7 @@ class Branch:
 
     title = "add, dropout, norm"
     op = "scatter_residual_gather_norm"
+    p = P
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size, self.width = size, (size.channels,)
@@ -128,14 +129,58 @@ class Activation(Branch):
         return {}
 
 
+class Norm(Branch):
+    """The norm alone, of kept samples; the peers' have a weight and a bias, and compute their gradients."""
+
+    title = "norm"
+    op = "gather_norm"
+    p = 0.0
+
+    def inputs(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """x and the gradient of xhat."""
+        shape = (self.size.samples, self.size.positions, *self.width)
+        x, gradient = (torch.randn(shape, device=device).to(self.size.dtype) for _ in range(2))
+        return [x.requires_grad_()], [gradient[: self.size.kept]]
+
+    def ours(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (ops.gather_norm(x, self.rows),)
+
+    def eager(self, x: Tensor) -> tuple[Tensor, ...]:
+        kept = x if self.rows is None else x.index_select(0, self.index)
+        return (F.layer_norm(kept, self.width),)
+
+    def mask(self, inputs: list[Tensor], results: tuple[Tensor, ...]) -> Tensor:
+        return torch.ones((), device=inputs[0].device)
+
+    def exact(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return self.eager(x)
+
+    def peers(self) -> dict[str, Way]:
+        if self.rows is not None:
+            return {}
+        found: dict[str, Way] = {}
+        new = {"dtype": self.size.dtype, "device": self.key.device, "requires_grad": True}
+        weight, bias = torch.ones(self.width, **new), torch.zeros(self.width, **new)
+        if find_spec("liger_kernel"):
+            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+            found["Liger"] = lambda x: (LigerLayerNormFunction.apply(x, weight, bias, 1e-5),)
+        if find_spec("apex"):
+            from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+            found["apex"] = lambda x: (fused_layer_norm_affine(x, weight, bias, self.width, 1e-5),)
+        return found
+
+
 def sizes(dry: bool) -> list[tuple[type[Branch], Size]]:
     if dry:
-        return [(kind, Size(64, torch.float32, 2, samples=4, positions=3)) for kind in (Branch, Activation)]
+        return [(kind, Size(64, torch.float32, 2, samples=4, positions=3)) for kind in (Branch, Activation, Norm)]
     half, every = SAMPLES // 2, SAMPLES
     return [
         (Branch, Size(4096, torch.bfloat16, half)),
         (Branch, Size(4096, torch.bfloat16, every)),
         (Activation, Size(4 * 4096, torch.bfloat16, half)),
+        (Norm, Size(4096, torch.bfloat16, every)),
         (Branch, Size(4096, torch.float32, half)),
         (Branch, Size(1024, torch.bfloat16, half, positions=4 * POSITIONS)),
         (Branch, Size(8192, torch.bfloat16, half)),
@@ -222,6 +267,6 @@ def check_way(what: str, branch: Branch, way: Way, inputs: list[Tensor], gradien
     expected = [*exact, *torch.autograd.grad(exact, wide, [gradient.float() for gradient in gradients])]
     rounded = [value.to(result.dtype) for value, result in zip(expected, found, strict=True)]
     check_agreement(what, found, rounded, ROUNDINGS)
-    share, error = float(mask.float().mean()), (P * (1 - P) / mask.numel()) ** 0.5
-    if abs(share - (1 - P)) > ERRORS * error:
-        raise Disagreement(f"{what}: dropout keeps {share:.4f}, expected {1 - P}")
+    share, error = float(mask.float().mean()), (branch.p * (1 - branch.p) / mask.numel()) ** 0.5
+    if abs(share - (1 - branch.p)) > ERRORS * error:
+        raise Disagreement(f"{what}: dropout keeps {share:.4f}, expected {1 - branch.p}")
