@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.errors import TritonError
 
 from benchmarks.activation import Act
 from benchmarks.gpu_check.check import Check
@@ -25,6 +26,9 @@ ROUNDINGS = 3.0
 # Six standard errors of the share that dropout keeps.
 ERRORS = 6
 PASSES = {"forward": False, "forward and backward": True}
+
+# What another way may fail with, on a GPU or a version that it does not know.
+PEER_ERRORS = (Disagreement, TritonError, RuntimeError, TypeError, ImportError)
 
 Way = Callable[..., tuple[Tensor, ...]]
 
@@ -89,11 +93,11 @@ class Branch:
         """Of those installed that do the same work: they know of no rows."""
         if self.rows is not None or find_spec("flash_attn") is None:
             return {}
-        from flash_attn.ops.triton.layer_norm import layer_norm_fn
-
         ones = torch.ones(self.width, dtype=self.size.dtype, device=self.key.device)
 
         def flash_attn(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
             normalised, stream = layer_norm_fn(y, ones, None, residual=x, eps=1e-5, dropout_p=P, prenorm=True)
             return stream, normalised
 
@@ -158,18 +162,21 @@ class Norm(Branch):
     def peers(self) -> dict[str, Way]:
         if self.rows is not None:
             return {}
-        found: dict[str, Way] = {}
         new = {"dtype": self.size.dtype, "device": self.key.device, "requires_grad": True}
         weight, bias = torch.ones(self.width, **new), torch.zeros(self.width, **new)
-        if find_spec("liger_kernel"):
+
+        def liger(x: Tensor) -> tuple[Tensor, ...]:
             from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-            found["Liger"] = lambda x: (LigerLayerNormFunction.apply(x, weight, bias, 1e-5),)
-        if find_spec("apex"):
+            return (LigerLayerNormFunction.apply(x, weight, bias, 1e-5),)
+
+        def apex(x: Tensor) -> tuple[Tensor, ...]:
             from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
-            found["apex"] = lambda x: (fused_layer_norm_affine(x, weight, bias, self.width, 1e-5),)
-        return found
+            return (fused_layer_norm_affine(x, weight, bias, self.width, 1e-5),)
+
+        ways = {"liger_kernel": liger, "apex": apex}
+        return {name: way for name, way in ways.items() if find_spec(name)}
 
 
 def sizes(dry: bool) -> list[tuple[type[Branch], Size]]:
@@ -222,7 +229,7 @@ def measure(kind: type[Branch], size: Size, device: Device, rounds: int, left_ou
         try:
             check_way(f"{kind.title}, {size}, {name}", branch, way, *sets[0])
             captured = {what: device.capture(calls(way, sets, backward)) for what, backward in PASSES.items()}
-        except (Disagreement, RuntimeError) as error:
+        except PEER_ERRORS as error:
             if name == "ours":
                 raise
             left_out[name] = f"{kind.title}, {size}: {type(error).__name__}: {error}"[:1000]
