@@ -22,7 +22,7 @@ from tests.ops.test_kernels import (
     test_what_is_dropped_or_spare_is_not_read,
     test_what_is_dropped_out_may_be_anything,
 )
-from tests.triton.conftest import PARAMETERS, op
+from tests.triton.conftest import ON_GPU, PARAMETERS, op
 
 FLOAT32 = torch.float32
 # Rows of channels wider than what stays in registers, and of one channel more than a multiple of four.
@@ -35,6 +35,11 @@ def test_rows_that_registers_do_not_hold(name, width):
     for dtype, rms in ((FLOAT32, False), (torch.bfloat16, True)):
         usual = {"rows": (0, -1), "next_rows": (0, 1), "p": 0.3, "scale": 1.25}
         assert_agrees(name, Case((2, 2, width), dtype, **usual, rms=rms))
+
+
+@pytest.mark.parametrize("name", ["scatter_residual_gather_norm", "scatter_residual_gather_norm_bwd_"])
+def test_the_widest_rows(name):
+    assert_agrees(name, Case((2, 1, 65536), torch.bfloat16, rows=(1,), next_rows=(0,), p=0.3))
 
 
 def test_a_wide_row_with_a_mean_far_from_zero():
@@ -73,3 +78,47 @@ def test_a_row_outside_the_batch_is_a_spare_row(name):
         expected = results(name, op(name), right.arguments(name))
         for case in wrong:
             assert all(map(same_bits, results(name, op(name), case.arguments(name)), expected))
+
+
+SENTINEL = 77.0
+MARGIN = 512  # elements on either side
+
+
+@pytest.fixture
+def sentinels(monkeypatch):
+    """New tensors lie between numbers that nobody may write; a function that says whether these still stand there."""
+    memories, original = [], torch.Tensor.new_empty
+
+    def guarded(shape, dtype, device):
+        count = torch.Size(shape).numel()
+        memory = torch.full((count + 2 * MARGIN,), SENTINEL, dtype=dtype, device=device)
+        memories.append(memory)
+        return memory[MARGIN : MARGIN + count].view(shape)
+
+    def new_empty(like, *shape, dtype=None, **others):
+        if others:  # the interpreter's
+            return original(like, *shape, dtype=dtype, **others)
+        return guarded(shape, dtype or like.dtype, like.device)
+
+    def empty_like(like, memory_format):
+        return guarded(like.shape, like.dtype, like.device)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+
+    def stand():
+        margins = [margin for memory in memories for margin in (memory[:MARGIN], memory[-MARGIN:])]
+        return bool(margins) and all((margin == SENTINEL).all() for margin in margins)
+
+    return stand
+
+
+@pytest.mark.skipif(ON_GPU, reason="there compute-sanitizer looks")
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("scatter_residual_",)])
+def test_nothing_is_written_round_the_results(name, sentinels):
+    for shape, dtype in (((5, 3, 17), FLOAT32), ((5, 3, 64), torch.bfloat16), ((3, 5, 1030), FLOAT32)):
+        for activation in ("relu", "swiglu")[: 2 if name.startswith("act") else 1]:
+            rows = (0, 2, -1, -1)[: shape[0]]
+            case = Case(shape, dtype, rows=rows, next_rows=rows, p=0.3, activation=activation)
+            results(name, op(name), case.arguments(name))
+            assert sentinels()
