@@ -20,7 +20,8 @@ venv: .venv/built
 	touch $@
 
 .venv/built: .venv/installed pyproject.toml setup.py $(SOURCES)
-	CFLAGS=-Werror PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	CFLAGS=-Werror PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+	LAYERDROP_FAST_BUILD=none $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: venv

@@ -20,7 +20,8 @@ DISPATCHED = {name: eager.op(name) for name in eager.NAMES}
 FEW = {
     "WIDTHS": (1, 17, 64),
     "MIDDLES": ((), (3,)),
-    "ACTIVATION_WIDTHS": (63, 1100),
+    "ACTIVATION_WIDTHS": (1027,),
+    "LAYOUTS": {name: eager.LAYOUTS[name] for name in ("channels first", "every other sample", "one element on")},
     "SUBSETS": (None, (0, 2, 3), (-1, 1, 3)),
     "DROPOUT": [{"p": 0.3, "scale": 1.25}, {"p": 1.0}],
 }

@@ -47,15 +47,18 @@ def test_a_wide_row_with_a_mean_far_from_zero():
     assert_agrees("gather_norm", Case(tuple(x.shape)), (x.float(), None, False, 1e-5))
 
 
+@pytest.fixture(params=["looked up", "looked through"])
+def looks(request, monkeypatch):
+    """How programs find a sample's place: beyond some number of samples, in a tensor of their own."""
+    if request.param == "looked up":
+        monkeypatch.setattr(launch, "MOST_SCANNED", 3)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_more_samples_than_a_program_looks_through(name):
-    """Their places come in a tensor of their own."""
-    batch = launch.MOST_SCANNED + 3
-    few = (0, 1, 511, -1, 900, batch - 1)
-    # A row takes milliseconds here, so that the other branch has none.
-    for rows, next_rows in ((few, ()), ((), few), (few, few)):
-        if "next_rows" in PARAMETERS[name] or (rows == next_rows and not name.startswith("act")):
-            assert_agrees(name, Case((batch, 3), rows=rows, next_rows=next_rows, p=0.3))
+def test_both_ways_to_a_sample_s_place(name, looks):
+    some, others = (0, 1, -1, 18, 20), (-1, 2, 3, 18, -1)
+    for rows, next_rows in ((some, others), (others, some), (some, some), (None, some), (some, None)):
+        assert_agrees(name, Case((21, 3), rows=rows, next_rows=next_rows, p=0.3))
 
 
 def test_elements_are_numbered_beyond_32_bits():
@@ -68,16 +71,13 @@ def test_elements_are_numbered_beyond_32_bits():
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "rows" in PARAMETERS[name] and not name.startswith("act")])
-def test_a_row_outside_the_batch_is_a_spare_row(name):
+def test_a_row_outside_the_batch_is_a_spare_row(name, looks):
     """On a device nobody looks at rows beforehand: a wrong one leads to no other memory."""
-    for shape in ((4, 3, 16), (launch.MOST_SCANNED + 1, 3)):
-        pairs = (1, -1), (1, shape[0]), (1, 2**31 - 1)
-        right, *wrong = (Case(shape, rows=rows, next_rows=rows, p=0.3) for rows in pairs)
-        if shape[0] > launch.MOST_SCANNED and not name.endswith("_"):
-            continue  # a row takes milliseconds here, and forms in place go over few
-        expected = results(name, op(name), right.arguments(name))
-        for case in wrong:
-            assert all(map(same_bits, results(name, op(name), case.arguments(name)), expected))
+    pairs = (1, -1), (1, 4), (1, 2**31 - 1)
+    right, *wrong = (Case((4, 3, 16), rows=rows, next_rows=rows, p=0.3) for rows in pairs)
+    expected = results(name, op(name), right.arguments(name))
+    for case in wrong:
+        assert all(map(same_bits, results(name, op(name), case.arguments(name)), expected))
 
 
 SENTINEL = 77.0
