@@ -132,6 +132,14 @@ def test_a_mean_far_from_zero(dtype):
     assert_agrees("gather_norm", Case(tuple(x.shape), dtype), (x, None, False, 1e-5))
 
 
+@pytest.mark.parametrize("rms", [False, True])
+def test_a_spare_row_is_0_without_eps_too(rms):
+    """Though 1 / sqrt(0) is not."""
+    case = Case(rows=(0, -1), next_rows=(0, -1), rms=rms, eps=0.0)
+    for name in ("gather_norm", "scatter_residual_gather_norm", "scatter_residual_gather_norm_"):
+        assert_agrees(name, case)
+
+
 @each_dtype
 def test_one_pass_gives_the_bits_of_two(dtype):
     for rows, next_rows in itertools.product(SUBSETS, SUBSETS):

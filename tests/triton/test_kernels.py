@@ -7,6 +7,7 @@ from layerdrop_fast.triton import launch
 from tests.ops.eager import KEY, NAMES, REFERENCE, SITE, Case, assert_agrees, results, rows_of, same_bits, tensor
 from tests.ops.test_kernels import (
     test_a_mean_far_from_zero,
+    test_a_spare_row_is_0_without_eps_too,
     test_activations,
     test_an_element_is_kept_iff_its_word_is_below_the_threshold,
     test_any_strides,
