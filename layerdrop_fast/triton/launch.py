@@ -68,6 +68,12 @@ def _checked(name: str, value: Tensor, like: Tensor, shape: Sequence[int], dtype
     return value.contiguous()
 
 
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in FLOATING:
+        raise RuntimeError(f"dtype: expected a floating one, got {dtype}")
+    return dtype
+
+
 def check_in_place(stream: Tensor, **others: Tensor) -> None:
     """A stream that is written in place is contiguous and shares no memory with what is read."""
     if not stream.is_contiguous():

@@ -13,6 +13,7 @@ from layerdrop_fast.triton.launch import (
     Rows,
     arithmetic,
     blocks,
+    check_dtype,
     check_in_place,
     dense,
     dropout_arguments,
@@ -220,7 +221,7 @@ def scatter_residual_bwd(
 ) -> Tensor:
     shape = shape_of("grad_out", grad_out)
     kept = Rows.of("rows", rows, None, grad_out)
-    grad_y = grad_out.new_empty(kept.number, *grad_out.shape[1:], dtype=dtype)
+    grad_y = grad_out.new_empty(kept.number, *grad_out.shape[1:], dtype=check_dtype(dtype))
     config = chosen("scatter_residual_bwd", shape.channels, grad_out.dtype, grad_out.device).fit(shape.positions)
     launch(
         scatter_residual_bwd_kernel,

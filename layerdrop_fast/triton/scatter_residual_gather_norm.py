@@ -25,6 +25,7 @@ from layerdrop_fast.triton.launch import (
     arithmetic,
     bits,
     blocks,
+    check_dtype,
     check_in_place,
     dense,
     dropout_arguments,
@@ -289,7 +290,7 @@ def _backward(
     shape = shape_of("grad_x_out", like)
     kept, following = (Rows.of(n, r, shape.samples, like) for n, r in (("rows", rows), ("next_rows", next_rows)))
     new = like.new_empty if shape.samples else like.new_zeros
-    grad_y = new(kept.number, *like.shape[1:], dtype=dtype)
+    grad_y = new(kept.number, *like.shape[1:], dtype=check_dtype(dtype))
     config = chosen("scatter_residual_gather_norm_bwd", shape.channels, like.dtype, like.device).fit(shape.positions)
     launch(
         scatter_residual_gather_norm_bwd_kernel,

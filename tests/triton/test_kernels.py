@@ -23,6 +23,7 @@ from tests.ops.test_kernels import (
     test_what_is_dropped_or_spare_is_not_read,
     test_what_is_dropped_out_may_be_anything,
 )
+from tests.ops.test_library import BAD, BAD_ROWS
 from tests.triton.conftest import ON_GPU, PARAMETERS, op
 
 FLOAT32 = torch.float32
@@ -123,3 +124,38 @@ def test_nothing_is_written_round_the_results(name, sentinels):
             case = Case(shape, dtype, rows=rows, next_rows=rows, p=0.3, activation=activation)
             results(name, op(name), case.arguments(name))
             assert sentinels()
+
+
+BAD_ROWS_OF_A_DEVICE = {what: BAD_ROWS[what] for what in ("dtype", "dimensions")}
+# Values that nobody looks at on a device.
+UNSEEN = {"site": ("-1", "255", str(2**24)), "batch_size": ("too small",)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launcher_refuses_what_would_lead_beyond_memory(name):
+    case = Case((4, 3, 6), rows=(0, 2), next_rows=(0, 3), p=0.3, scale=1.25, activation="swiglu")
+    accepted = []
+    for i, parameter in enumerate(PARAMETERS[name]):
+        spoilt = BAD_ROWS_OF_A_DEVICE if "rows" in parameter else BAD.get(parameter, {})
+        for what, spoil in spoilt.items():
+            given = list(case.arguments(name))
+            given[i] = spoil(given[i])
+            try:
+                op(name)(*given)
+            except RuntimeError:
+                continue
+            accepted.append((parameter, what))
+    assert [refusal for refusal in accepted if refusal[1] not in UNSEEN.get(refusal[0], ())] == []
+
+
+@pytest.mark.skipif(ON_GPU, reason="op copies its arguments to the device")
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_")])
+def test_a_launcher_in_place_refuses_a_stream_that_is_not_its_own(name):
+    stream, *others = Case((4, 3, 6), rows=(0, 2), next_rows=(0, 2), p=0.3).arguments(name)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        op(name)(stream.transpose(0, 1).contiguous().transpose(0, 1), *others)
+    for i, value in enumerate(others):
+        if torch.is_tensor(value) and value.dim() > 1:
+            part = (stream if value.dim() == 3 else stream[..., 0])[1:3]
+            with pytest.raises(RuntimeError, match="shares memory with the stream"):
+                op(name)(stream, *others[:i], part, *others[i + 1 :])
