@@ -183,6 +183,33 @@ def norm_sums(g, xhat, D: tl.constexpr, RMS: tl.constexpr):
 
 
 @triton.jit
+def wide_norm_sums(
+    p_g,
+    p_xhat,
+    o_row,
+    m_row,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``norm_sums`` of rows that registers do not hold; 0 for narrower ones, whose sums are taken where they are."""
+    projection = tl.zeros((ROWS,), ACC)
+    mean = tl.zeros((ROWS,), ACC)
+    if D > BLOCK_D:
+        for start in range(0, D, BLOCK_D):
+            o_channel = start + tl.arange(0, BLOCK_D)
+            m_tile = m_row[:, None] & (o_channel < D)[None, :]
+            g = tl.load(p_g + offsets(o_row, o_channel, D), mask=m_tile, other=0.0).to(ACC)
+            xhat = tl.load(p_xhat + offsets(o_row, o_channel, D), mask=m_tile, other=0.0).to(ACC)
+            more_projection, more_mean = norm_sums(g, xhat, D, RMS)
+            projection += more_projection
+            mean += more_mean
+    return projection, mean
+
+
+@triton.jit
 def norm_gradient(g, xhat, rstd, projection, mean):
     """``rstd * (g - xhat * mean(g * xhat) - mean(g))``."""
     return (g - xhat * projection[:, None] - mean[:, None]) * rstd[:, None]

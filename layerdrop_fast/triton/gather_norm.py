@@ -17,6 +17,7 @@ from layerdrop_fast.triton.device import (
     sample_of,
     slot_of,
     tile_of,
+    wide_norm_sums,
 )
 from layerdrop_fast.triton.launch import (
     Rows,
@@ -106,17 +107,7 @@ def gather_norm_bwd_kernel(
     o_row = rows_at(i_sample, positions, o_position)
     o_xhat_row = rows_at(i_slot, positions, o_position)
     rstd = tl.load(p_rstd + o_xhat_row, mask=m_kept, other=0.0)
-    projection = tl.zeros((ROWS,), ACC)
-    mean = tl.zeros((ROWS,), ACC)
-    if D > BLOCK_D:
-        for start in range(0, D, BLOCK_D):
-            o_channel = start + tl.arange(0, BLOCK_D)
-            m_tile = m_kept[:, None] & (o_channel < D)[None, :]
-            g = tl.load(p_grad_xhat + offsets(o_xhat_row, o_channel, D), mask=m_tile, other=0.0).to(ACC)
-            xhat = tl.load(p_xhat + offsets(o_xhat_row, o_channel, D), mask=m_tile, other=0.0).to(ACC)
-            more_projection, more_mean = norm_sums(g, xhat, D, RMS)
-            projection += more_projection
-            mean += more_mean
+    projection, mean = wide_norm_sums(p_grad_xhat, p_xhat, o_xhat_row, m_kept, D, BLOCK_D, RMS, ROWS, ACC)
     for start in range(0, D, BLOCK_D):
         o_channel = start + tl.arange(0, BLOCK_D)
         m_channel = o_channel < D

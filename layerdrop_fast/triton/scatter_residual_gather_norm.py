@@ -19,6 +19,7 @@ from layerdrop_fast.triton.device import (
     rows_at,
     slot_of,
     tile_of,
+    wide_norm_sums,
 )
 from layerdrop_fast.triton.launch import (
     Rows,
@@ -166,17 +167,7 @@ def scatter_residual_gather_norm_bwd_kernel(
     if IN_PLACE:  # what neither branch touches stays as it is
         m_position = m_position & ((i_slot >= 0) | (i_next >= 0))
     rstd = tl.load(p_rstd + o_next_row, mask=m_next, other=0.0)
-    projection = tl.zeros((ROWS,), ACC)
-    mean = tl.zeros((ROWS,), ACC)
-    if D > BLOCK_D:
-        for start in range(0, D, BLOCK_D):
-            o_channel = start + tl.arange(0, BLOCK_D)
-            m_tile = m_next[:, None] & (o_channel < D)[None, :]
-            g = tl.load(p_grad_xhat + offsets(o_next_row, o_channel, D), mask=m_tile, other=0.0).to(ACC)
-            xhat = tl.load(p_xhat + offsets(o_next_row, o_channel, D), mask=m_tile, other=0.0).to(ACC)
-            more_projection, more_mean = norm_sums(g, xhat, D, RMS)
-            projection += more_projection
-            mean += more_mean
+    projection, mean = wide_norm_sums(p_grad_xhat, p_xhat, o_next_row, m_next, D, BLOCK_D, RMS, ROWS, ACC)
     for start in range(0, D, BLOCK_D):
         o_channel = start + tl.arange(0, BLOCK_D)
         m_channel = o_channel < D
