@@ -175,7 +175,7 @@ norm_linear_bwd(
 act(
     Tensor u,                 # [K, ..., F] f64|f32|bf16|f16; swiglu: [K, ..., 2F]
     Tensor? rows,             # int32 [K], number the elements of the dropout mask
-    str activation,           # gelu | gelu_tanh | relu | silu | swiglu
+    str activation,           # gelu | gelu_tanh | relu | silu | swiglu | identity
     float dropout_p,          # in [0, 1]
     Tensor? key,              # int32 [4]; None where dropout_p is 0
     Tensor? site,             # int32 [], in [256, 2^24); None where dropout_p is 0

@@ -12,7 +12,8 @@ Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::kRelu;
   if (name == "silu") return Activation::kSilu;
   if (name == "swiglu") return Activation::kSwiglu;
-  STD_TORCH_CHECK(false, "activation: expected gelu, gelu_tanh, relu, silu or swiglu, got ", name);
+  if (name == "identity") return Activation::kIdentity;
+  STD_TORCH_CHECK(false, "activation: expected gelu, gelu_tanh, relu, silu, swiglu or identity, got ", name);
 }
 
 // That of act(u).

@@ -133,6 +133,7 @@ LAYERDROP_INLINE ValueAndSlope<T> activate(Vector<T> u) {
   if constexpr (activation == Activation::kGeluTanh) return gelu_tanh<T>(u);
   if constexpr (activation == Activation::kRelu) return relu<T>(u);
   if constexpr (activation == Activation::kSilu || activation == Activation::kSwiglu) return silu<T>(u);
+  if constexpr (activation == Activation::kIdentity) return {u, Vector<T>{} + T{1}};
 }
 
 }  // namespace

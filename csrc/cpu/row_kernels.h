@@ -36,7 +36,7 @@ struct Dropout {
   uint32_t site = 0;
 };
 
-enum class Activation : uint8_t { kGelu, kGeluTanh, kRelu, kSilu, kSwiglu };
+enum class Activation : uint8_t { kGelu, kGeluTanh, kRelu, kSilu, kSwiglu, kIdentity };
 
 // The norm kernels want room for this many rows of channels, each rounded up to kRowPadding elements.
 constexpr int64_t kScratchRows = 3, kRowPadding = 16;

@@ -244,6 +244,8 @@ void act(Activation activation, In u, Out a, int64_t n, const Dropout& dropout, 
       return act_as<Activation::kSilu, T>(u, a, n, dropout, element);
     case Activation::kSwiglu:
       return act_as<Activation::kSwiglu, T>(u, a, n, dropout, element);
+    case Activation::kIdentity:
+      return act_as<Activation::kIdentity, T>(u, a, n, dropout, element);
   }
 }
 
@@ -261,6 +263,8 @@ void act_bwd(
       return act_bwd_as<Activation::kSilu, T>(u, grad_a, grad_u, a, n, dropout, element);
     case Activation::kSwiglu:
       return act_bwd_as<Activation::kSwiglu, T>(u, grad_a, grad_u, a, n, dropout, element);
+    case Activation::kIdentity:
+      return act_bwd_as<Activation::kIdentity, T>(u, grad_a, grad_u, a, n, dropout, element);
   }
 }
 

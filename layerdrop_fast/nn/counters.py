@@ -36,6 +36,7 @@ class StepCounters(nn.Module):
 
     def __init__(self, seed: int | None, accumulation: int) -> None:
         super().__init__()
+        self.seed_was_drawn = seed is None
         if seed is None:
             seed = int(torch.randint(0, (1 << 63) - 1, (), device="cpu"))
         self.seed = check_word(seed, "seed")
@@ -121,6 +122,7 @@ class StepCounters(nn.Module):
                 f"counters in the state dict are {state!r}, expected int64 [{STATE_VERSION}, seed, forwards >= 0]"
             )
         self.seed, self.forwards = values[1] % (1 << 64), values[2]
+        self.seed_was_drawn = False
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *others)

@@ -3,74 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from layerdrop_fast._checks import check_choice
+from layerdrop_fast import ops
+from layerdrop_fast._checks import check_choice, check_count
+from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.counters import StepCounters
+from layerdrop_fast.nn.drop_path import take_rates
 from layerdrop_fast.nn.layer_drop_list import every_layer
+from layerdrop_fast.nn.samples import BatchDims, Samples
+from layerdrop_fast.nn.statistics import StackStats, Statistics
+from layerdrop_fast.nn.turn import Kept, Turn, pieces
 from layerdrop_fast.plan import SAMPLINGS, DropPlan, draw_plan
 from layerdrop_fast.schedule import DropSchedule, FloatArray
 
-SCALES = ("none", "inverse", "eval")
-
-
-@dataclass(frozen=True)
-class StackStats:
-    """What a stack dropped so far, over all its training forwards since it was made or ``reset_stats`` was called."""
-
-    forwards: int
-    layers_run: int
-    layers_skipped: int
-    realized_rates: FloatArray  # [L], the share of forwards in which each layer was dropped
-    # Forward and backward products with the matrices among the skipped layers' parameters, 6 * elements * tokens, for
-    # x of shape [..., D] and matrices that meet each token once; products of activations with each other not counted.
-    flops_skipped: float
+GRANULARITIES = ("batch", "sample")
+SCALES = ("none", "inverse", "realized", "eval")
 
 
 class LayerDropStack(nn.Module):
-    """Runs residual layers ``x -> x + f_l(x)`` and drops whole layers while training.
+    """Runs residual layers ``x -> x + f_l(x)`` and drops layers while training, for whole batches or sample by sample.
 
     All decisions of a forward are drawn in one plan before its first layer runs. A dropped layer is not called: it
-    costs no kernel, saves no tensor, and its parameters' gradients stay ``None``.
+    costs no kernel, saves no tensor, and its parameters' gradients stay ``None``. At granularity ``"sample"`` a layer
+    is called with the samples that keep it, and its result is put back in one op.
 
-    With residual scale r the layer computes ``x + r * (layer(x) - x)``:
+    With residual scale r the layer computes ``x + r * (layer(x) - x)``, for the k of B samples that keep it:
 
-        scale       training    evaluation   source
-        "none"      1           1            Fan, Grave, Joulin 2019; fairseq, torchtune
-        "inverse"   1 / rho_l   1            torchvision, timm; arXiv 2609.05275
-        "eval"      1           rho_l        Huang et al. 2016
+        scale        training    evaluation   source
+        "none"       1           1            Fan, Grave, Joulin 2019; fairseq, torchtune
+        "inverse"    1 / rho_l   1            torchvision, timm; arXiv 2609.05275
+        "realized"   B / k       1            DINOv2 (granularity "sample" only)
+        "eval"       1           rho_l        Huang et al. 2016
 
     Shapes:
-        x: [B, ...], whatever the layers take; -> the same shape.
+        x: [B, ...], whatever the layers take; -> the same shape, a new tensor. With ``hidden_states``: (out, L tensors,
+        x as it is behind each layer; behind a dropped layer that is what was before it).
 
     Args:
         layers: modules called as ``layer(x, *args, **kwargs)`` that return x's successor or a tuple that starts with
             it. They stand in ``.layers``.
-        schedule: one drop rate, one a layer, or a DropSchedule.
-        granularity: ``"batch"``, one decision a layer for the whole batch.
+        schedule: one drop rate, one a layer, or a DropSchedule. ``"from_layers"`` takes the rates of the DropPath and
+            StochasticDepth modules inside each layer (also timm's and torchvision's) and makes those identities: they
+            act behind their branch and can only mask what was computed.
+        granularity: ``"batch"``, one decision a layer for the whole batch; ``"sample"``, one a layer and sample.
         sampling: ``"bernoulli"`` or ``"systematic"`` (see ``draw_plan``).
         scale: the residual scale, see above.
         seed: an integer in [0, 2**64); None draws one from torch's generator now.
         accumulation: microbatches (training forwards) a step.
+        max_kept: None, or at most so many layers (of all samples) are held for backward. Of a forward that keeps more,
+            the first ones are recomputed in backward, in pieces of at most so many: one copy of x a piece instead.
+        batch_dims: granularity "sample" gives a layer the kept samples of every argument too: of tensors, also inside
+            tuples, lists and dicts, whose first dimension has B elements. ``{"bias": None, 0: 1}`` overrides that, by
+            keyword or number of the argument after x: which dimension counts samples, None for none.
+        hidden_states: also return x behind every layer.
 
     Raises:
-        ValueError: a value that is not among those above. TypeError: a value of another kind.
+        ValueError: a value that is not among those above; when called, an argument that may have samples or not, a
+            layer that changes the shape of x. RuntimeError: a layer that writes into its input, several ranks that do
+            not keep the same. TypeError: a value of another kind.
 
     With ``torch.compile``, compile the layers (``for layer in stack.layers: layer.compile()``), not the stack, whose
-    decisions would be compiled anew for each plan. With DistributedDataParallel
-    or FSDP give all ranks the same ``seed``: at batch granularity they must keep the same layers. A second backward
-    through one graph (``retain_graph``) with a checkpoint round the stack works until the next training forward.
+    decisions would be compiled anew for each plan. With DistributedDataParallel(find_unused_parameters=True)
+    or FSDP give all ranks the same ``seed``: at batch granularity they must keep the same layers. Under FSDP and
+    granularity "sample" a layer that no sample keeps is called with none, as other ranks may wait for it. A second
+    backward through one graph (``retain_graph``) with a checkpoint round the stack works until the next training
+    forward.
 
     Weights saved without counters load, and leave the counters as they are; ``set_step(model, 0)`` starts a loaded
     model's schedule anew.
 
-    Randomness: training forward n uses exactly ``draw_plan(schedule(step), None, seed=seed, step=n // accumulation,
-    stream=n % accumulation, sampling=sampling)``. Nothing else is read, so (seed, n), which the state dict holds under
+    Randomness: training forward n uses exactly ``draw_plan(schedule(step), B or None, seed=seed, step=n //
+    accumulation, stream=stream, sampling=sampling)``; stream is ``n % accumulation``, at granularity "sample"
+    ``rank << 32 | n % accumulation``. Nothing else is read, so (seed, n), which the state dict holds under
     ``counters._extra_state``, resumes a run. Evaluation drops nothing and advances nothing. A recompute under
     activation checkpointing sees the plan of its forward.
     """
@@ -78,106 +88,230 @@ class LayerDropStack(nn.Module):
     def __init__(
         self,
         layers: Iterable[nn.Module],
-        schedule: float | Sequence[float] | DropSchedule = 0.2,
+        schedule: float | Sequence[float] | DropSchedule | str = 0.2,
         *,
         granularity: str = "batch",
         sampling: str = "bernoulli",
         scale: str = "none",
         seed: int | None = None,
         accumulation: int = 1,
+        max_kept: int | None = None,
+        batch_dims: BatchDims | None = None,
+        hidden_states: bool = False,
     ) -> None:
         super().__init__()
-        check_choice(granularity, "granularity", ("batch",))
-        self.layers = nn.ModuleList(every_layer(layers))
-        self.schedule = DropSchedule.of(schedule, len(self.layers))
+        self.granularity = check_choice(granularity, "granularity", GRANULARITIES)
         self.sampling = check_choice(sampling, "sampling", SAMPLINGS)
         self.scale = check_choice(scale, "scale", SCALES)
-        self.counters = StepCounters(seed, accumulation)
+        if scale == "realized" and granularity != "sample":
+            raise ValueError(
+                'scale is "realized", the number of samples over that of kept ones: expected "sample" as '
+                f"granularity, got {granularity!r}"
+            )
+        self.max_kept = None if max_kept is None else check_count(max_kept, "max_kept", 1)
+        self.batch_dims = dict(batch_dims or {})
+        self.hidden_states = hidden_states
+        counters = StepCounters(seed, accumulation)
+        self.layers = nn.ModuleList(every_layer(layers))
+        if isinstance(schedule, str):
+            check_choice(schedule, "schedule", ("from_layers",))
+            self.schedule = DropSchedule.of(take_rates(self.layers), len(self.layers))
+        else:
+            self.schedule = DropSchedule.of(schedule, len(self.layers))
+        self.counters = counters
+        self._proven: set[int] = set()  # layers that are known to leave their input alone
         self.reset_stats()
 
-    def plan(self, forward: int | None = None) -> DropPlan:
-        """The plan of training forward number ``forward``; None: of the next one."""
+    @property
+    def units_per_layer(self) -> int:
+        """How many decisions are drawn for each layer."""
+        return 1
+
+    def plan(self, forward: int | None = None, *, batch_size: int | None = None) -> DropPlan:
+        """The plan of training forward number ``forward``; None: of the next one.
+
+        Args:
+            batch_size: B; granularity "sample" needs it.
+        """
+        if (batch_size is None) != (self.granularity == "batch"):
+            expected = "None" if self.granularity == "batch" else "the number of samples"
+            raise ValueError(f"batch_size is {batch_size}, expected {expected} at granularity {self.granularity!r}")
         forward = self.counters.forwards if forward is None else forward
         step, microbatch = divmod(forward, self.counters.accumulation)
         return draw_plan(
-            self.schedule(step), seed=self.counters.seed, step=step, stream=microbatch, sampling=self.sampling
+            np.repeat(self.schedule(step), self.units_per_layer),
+            batch_size,
+            seed=self.counters.seed,
+            step=step,
+            stream=microbatch if batch_size is None else distributed.rank() << 32 | microbatch,
+            sampling=self.sampling,
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._check()
-        if not self.training:
-            return self._run(x, range(len(self.layers)), self._scales(self.counters.step), args, kwargs)
-        repeated = self.counters.recomputing
-        plan = self.counters.plan_to_repeat() if repeated else self.plan()
-        layers = plan.layers
-        out = self._run(x, layers, self._scales(plan.step), args, kwargs)
-        if not repeated:
-            self.counters.advance(plan, x, out)
-            self._count(layers, x)
-        return out
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(x, x.shape[0] if x.dim() else 0, args, kwargs)
 
-    def _check(self) -> None:
+    def _forward(self, x: Tensor, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``forward`` with the number of samples told."""
+        self._check(x, batch)
+        turn = self._turn(x, batch)
+        out, states = self._run(x, turn, batch, args, kwargs)
+        if turn.counts:
+            assert turn.plan is not None
+            self.counters.advance(turn.plan, x, out)
+            self._count(turn, x, batch)
+        return (out, states) if self.hidden_states else out
+
+    def _check(self, x: Tensor, batch: int) -> None:
         if len(self.layers) != self.schedule.num_layers:
             raise ValueError(
                 f"the stack has {len(self.layers)} layers and a schedule for {self.schedule.num_layers}: set .schedule "
                 "and call reset_stats() when you change .layers, or cut with prune.extract"
             )
+        if not self.training:
+            return
+        if self.granularity == "sample" and batch < 1:
+            raise ValueError(f'x: got {list(x.shape)}, expected at least one sample at granularity "sample"')
         # torch sets it on the copies that nn.DataParallel makes; what they count is lost with them.
-        if self.training and getattr(self, "_is_replica", False):
+        if getattr(self, "_is_replica", False):
             raise RuntimeError("nn.DataParallel would draw the same plan for ever: use DistributedDataParallel")
+        distributed.check_ranks(self.layers, self.granularity, self.counters.seed_was_drawn)
+
+    def _turn(self, x: Tensor, batch: int) -> Turn:
+        if not self.training:
+            scales = self._eval_scales()
+            return Turn(None, [Kept(unit, None, batch, scale) for unit, scale in enumerate(scales)], counts=False)
+        repeated = self.counters.recomputing
+        size = None if self.granularity == "batch" else batch
+        plan = self.counters.plan_to_repeat() if repeated else self.plan(batch_size=size)
+        return Turn(plan, self._kept(plan.to(x.device), batch), counts=not repeated)
+
+    def _kept(self, plan: DropPlan, batch: int) -> list[Kept]:
+        density = 1.0 - np.repeat(self.schedule(plan.step), self.units_per_layer)
+        counts = plan.kept_counts
+        units = range(len(counts)) if self.calls_every_layer else plan.layers
+        kept = []
+        for unit in units:
+            count, rows, scale = counts[unit], None, 1.0
+            if plan.batch_size is None:
+                count *= batch
+            elif count < batch or self.always_rows:
+                rows = plan.rows(unit)
+            if self.scale == "inverse" and density[unit] > 0:
+                scale = 1.0 / float(density[unit])
+            elif self.scale == "realized" and count:
+                scale = batch / count
+            kept.append(Kept(unit, rows, count, scale))
+        return kept
+
+    def _eval_scales(self) -> list[float]:
+        units = len(self.layers) * self.units_per_layer
+        if self.scale != "eval":
+            return [1.0] * units
+        return np.repeat(1.0 - self.schedule(self.counters.step), self.units_per_layer).tolist()  # type: ignore[no-any-return]
 
     def _run(
-        self,
-        x: Tensor,
-        layers: Iterable[int],
-        scales: list[float] | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
+        self, x: Tensor, turn: Turn, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        bound = None
+        if self.max_kept is not None and turn.plan is not None and torch.is_grad_enabled():
+            bound = self.max_kept * self.units_per_layer * batch
         out = x
-        for layer in layers:
-            y = self.layers[layer](out, *args, **kwargs)
-            y = y[0] if isinstance(y, tuple) else y
-            # Not lerp: under autocast the two may differ in dtype.
-            out = y if scales is None else torch.add(out, y - out, alpha=scales[layer])
+        states: list[Tensor] = []
+        for kept, recomputed in pieces(turn.kept, bound):
+            if recomputed:
+                out, *new = checkpoint(self._run_piece, out, kept, args, kwargs, use_reentrant=False)
+            else:
+                out, *new = self._run_piece(out, kept, args, kwargs)
+            states += new
         # Never the caller's own tensor: what is done to the result in place is not done to the input.
-        return out.clone() if out is x else out
+        out = out.clone() if out is x else out
+        return out, self._every_state(x, turn.kept, states) if self.hidden_states else []
 
-    def _scales(self, step: int) -> list[float] | None:
-        """The residual scale of every layer, or None where all are 1."""
-        if self.scale == ("inverse" if self.training else "eval"):
-            density = 1.0 - self.schedule(step)
-            # A layer with density 0 is never kept; its scale is not used.
-            scales = (
-                np.divide(1.0, density, where=density > 0, out=np.zeros_like(density)) if self.training else density
+    def _every_state(self, x: Tensor, kept: list[Kept], states: list[Tensor]) -> list[Tensor]:
+        """One entry a layer: ``states`` behind the kept units, and between them what was before."""
+        behind = {unit.unit // self.units_per_layer: state for unit, state in zip(kept, states, strict=True)}
+        every = []
+        for layer in range(len(self.layers)):
+            x = behind.get(layer, x)
+            every.append(x)
+        return every
+
+    def _run_piece(
+        self, x: Tensor, kept: Sequence[Kept], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """x behind these units and, if hidden states are wanted, behind each of them."""
+        states: list[Tensor] = []
+        for unit in kept:
+            x = self._run_layer(x, unit, args, kwargs)
+            if self.hidden_states:
+                states.append(x)
+        return x, *states
+
+    def _run_layer(self, x: Tensor, unit: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        layer, rows = self.layers[unit.unit], unit.rows
+        if rows is None:
+            part = x
+        else:
+            args, kwargs = Samples(x, self.batch_dims).of_arguments(args, kwargs, rows)
+            part = x.index_select(0, rows)
+        # Until a layer has shown that it leaves its input alone, which may be the caller's.
+        before = None if unit.unit in self._proven else part.detach().clone()
+        version = part._version
+        y = layer(part, *args, **kwargs)
+        y = y[0] if isinstance(y, tuple) else y
+        if part._version != version:
+            if before is not None:
+                part.detach().copy_(before)
+            raise RuntimeError(
+                f"layer {unit.unit} wrote into its input, which the stack and its caller still need: expected x + f(x) "
+                "as a new tensor (no inplace=True, no +=)"
             )
-            return scales.tolist()  # type: ignore[no-any-return]
-        return None
+        self._check_result(unit.unit, part, y)
+        self._proven.add(unit.unit)
+        if rows is None:
+            # Not lerp: under autocast the two may differ in dtype.
+            return y if unit.scale == 1 else torch.add(x, y - x, alpha=unit.scale)
+        if unit.scale == 1:
+            return x.index_copy(0, rows.long(), y.to(x.dtype))
+        return ops.scatter_residual(x, y - part, rows, scale=unit.scale)
 
-    def _count(self, layers: list[int], x: Tensor) -> None:
+    def _check_result(self, index: int, part: Tensor, y: Any) -> None:
+        if not isinstance(y, Tensor):
+            raise TypeError(f"layer {index} returned {type(y).__name__}, expected a tensor, or a tuple that starts so")
+        if y.shape != part.shape:
+            raise ValueError(f"layer {index} returned {list(y.shape)} for {list(part.shape)}, expected the same shape")
+
+    @property
+    def calls_every_layer(self) -> bool:
+        """Whether layers that no sample keeps are called too, with none: other ranks may wait for them."""
+        return self.granularity == "sample" and distributed.any_sharded(self.layers)
+
+    @property
+    def always_rows(self) -> bool:
+        """Whether rows are given to a layer that all samples keep."""
+        return False
+
+    def _count(self, turn: Turn, x: Tensor, batch: int) -> None:
+        shares = np.zeros(len(self.layers) * self.units_per_layer)
+        for unit in turn.kept:
+            shares[unit.unit] = unit.num_rows / max(batch, 1)
         tokens = x.numel() // x.shape[-1] if x.numel() else 0
-        self._forwards += 1
-        self._tokens += tokens
-        self._runs[layers] += 1
-        self._tokens_run[layers] += tokens
+        saved = self._bytes_saved(shares, x)
+        self._statistics.count(shares.reshape(-1, self.units_per_layer).mean(1), batch, tokens, saved)
+
+    def _bytes_saved(self, shares: FloatArray, x: Tensor) -> float:
+        return 0.0
 
     def reset_stats(self) -> None:
         """Starts the statistics anew."""
-        self._forwards, self._tokens = 0, 0
-        self._runs = np.zeros(len(self.layers), dtype=np.int64)
-        self._tokens_run = np.zeros(len(self.layers), dtype=np.int64)
+        self._statistics = Statistics(len(self.layers))
 
     def stats(self) -> StackStats:
         """What was dropped so far; recomputes are not counted. Not part of the state dict."""
-        weights = [sum(w.numel() for w in layer.parameters() if w.dim() == 2) for layer in self.layers]
-        run, all_runs = int(self._runs.sum()), self._forwards * len(self.layers)
-        return StackStats(
-            forwards=self._forwards,
-            layers_run=run,
-            layers_skipped=all_runs - run,
-            realized_rates=1.0 - self._runs / max(self._forwards, 1),
-            flops_skipped=6.0 * float(np.dot(weights, self._tokens - self._tokens_run)),
-        )
+        return self._statistics.of(self.layers, knows_bytes=False)
 
     def extra_repr(self) -> str:
-        return f"{self.schedule}, sampling={self.sampling!r}, scale={self.scale!r}, seed={self.counters.seed}"
+        return (
+            f"{self.schedule}, granularity={self.granularity!r}, sampling={self.sampling!r}, scale={self.scale!r}, "
+            f"seed={self.counters.seed}"
+        )

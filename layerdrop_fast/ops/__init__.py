@@ -2,6 +2,7 @@
 
 from layerdrop_fast.ops.act_linear import act_linear
 from layerdrop_fast.ops.draw_plan import draw_plan, step_key
+from layerdrop_fast.ops.dropout import dropout
 from layerdrop_fast.ops.gather_norm import gather_norm
 from layerdrop_fast.ops.norm_linear import norm_linear
 from layerdrop_fast.ops.scatter_residual import scatter_residual
@@ -12,6 +13,7 @@ __all__ = [
     "FIRST_DROPOUT_SITE",
     "act_linear",
     "draw_plan",
+    "dropout",
     "gather_norm",
     "norm_linear",
     "scatter_residual",

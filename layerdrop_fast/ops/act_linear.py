@@ -37,7 +37,8 @@ def act_linear(
     Args:
         u: the activation's input.
         weight, bias: of the linear map. Forward hooks of a Linear that owns them do not run.
-        activation: "gelu" (by erf), "gelu_tanh", "relu", "silu" or "swiglu", silu(first half) * second half.
+        activation: "gelu" (by erf), "gelu_tanh", "relu", "silu" or "swiglu", silu(first half) * second half;
+            or "identity".
         rows: which samples the rows of u are; they number the mask's elements. None: all samples in order.
         dropout_p: probability of zeroing an element of act(u), in [0, 1]; the others are multiplied by 1 / (1 - p).
         key: int32 [4], from ``step_key``; not needed where dropout_p is 0.

@@ -41,6 +41,11 @@ def swiglu(u: Tensor) -> tuple[Tensor, Tensor]:
     return activated * value, torch.cat([slope * value, activated], dim=-1)
 
 
+def identity(u: Tensor) -> tuple[Tensor, Tensor]:
+    """``u``; with dropout this is dropout alone."""
+    return u, torch.ones_like(u)
+
+
 # Each gives the activation and its derivative by every channel of u.
 ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "gelu": gelu,
@@ -48,6 +53,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "relu": relu,
     "silu": silu,
     "swiglu": swiglu,
+    "identity": identity,
 }
 
 

@@ -70,6 +70,9 @@ def activate(u, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         value = tl.where(u < 0.0, 0.0, u)
         slope = tl.where(u > 0.0, 1.0, 0.0).to(u.dtype)
+    elif ACTIVATION == "identity":
+        value = u
+        slope = tl.full(u.shape, 1.0, u.dtype)
     else:
         s, complement = sigmoid(u)
         value = u * s

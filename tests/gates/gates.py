@@ -114,7 +114,7 @@ def _moved(value: object) -> object:
     return value.new_empty(value.numel() + 1)[1:].view(value.shape)
 
 
-ACTIVATIONS = ("gelu_tanh", "relu", "silu", "swiglu")
+ACTIVATIONS = ("gelu_tanh", "relu", "silu", "swiglu", "identity")
 WIDTHS = (64, 512, 768, 1000, 1024, 1025, 2048, 4096, 8192, 16384, 65536)
 HALF, FULL = torch.bfloat16, torch.float32
 

@@ -213,9 +213,10 @@ def test_data_parallel_is_refused():
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        (dict(granularity="sample"), ValueError, r"granularity is 'sample', expected one of \('batch',\)"),
+        (dict(granularity="token"), ValueError, r"granularity is 'token', expected one of \('batch', 'sample'\)"),
         (dict(sampling="x"), ValueError, r"sampling is 'x', expected one of \('bernoulli', 'systematic'\)"),
-        (dict(scale="realized"), ValueError, r"scale is 'realized', expected one of \('none', 'inverse', 'eval'\)"),
+        (dict(scale="x"), ValueError, r"scale is 'x', expected one of \('none', 'inverse', 'realized', 'eval'\)"),
+        (dict(scale="realized"), ValueError, r"expected \"sample\" as granularity, got 'batch'"),
         (dict(schedule=[0.1]), ValueError, r"got 1 drop rates, expected 6"),
         (dict(schedule=2.0), ValueError, r"\[0, 1\], got 2.0"),
         (dict(seed=-1), ValueError, r"seed is -1, expected"),

@@ -31,6 +31,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
     "swiglu": lambda u: F.silu(u.chunk(2, -1)[0]) * u.chunk(2, -1)[1],
+    "identity": lambda u: u.clone(),
 }
 
 

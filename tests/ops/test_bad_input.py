@@ -87,7 +87,11 @@ AFFINE = [
 ]
 ACTIVATION = [
     ({"u": tensor(4)}, ValueError, "u: got [4], expected [K, ..., F] with at least one channel"),
-    ({"activation": "elu"}, ValueError, "activation: got 'elu', expected one of gelu, gelu_tanh, relu, silu, swiglu"),
+    (
+        {"activation": "elu"},
+        ValueError,
+        "activation: got 'elu', expected one of gelu, gelu_tanh, relu, silu, swiglu, identity",
+    ),
     ({"activation": "swiglu"}, ValueError, "weight: got [5, 6], expected [O, 3]"),
     (
         {"activation": "swiglu", "u": tensor(2, 3, 5)},

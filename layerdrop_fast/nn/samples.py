@@ -1,0 +1,71 @@
+"""The kept samples of whatever a layer is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# Argument number (after x) or keyword -> the dimension that counts samples, None where there is none.
+BatchDims = Mapping[int | str, int | None]
+
+
+class Samples:
+    """Takes samples out of arguments that have them.
+
+    A tensor whose first dimension has as many elements as there are samples has one entry a sample; every other is the
+    same for all. Tensors inside tuples, lists and dicts count too. Where that first dimension may also be something
+    else, since x has a dimension of the same size behind its own first, nothing is guessed.
+
+    Args:
+        x: [B, ...], the stream.
+        batch_dims: for arguments named in it, the dimension that counts samples, or None.
+    """
+
+    def __init__(self, x: Tensor, batch_dims: BatchDims) -> None:
+        self.batch = x.shape[0]
+        self.shape = list(x.shape)
+        self.batch_dims = batch_dims
+
+    def of_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for the samples in ``rows``.
+
+        Raises:
+            ValueError: a tensor may have samples or not; a dimension of ``batch_dims`` has not B elements.
+        """
+        taken = tuple(self._of(value, rows, index) for index, value in enumerate(args))
+        return taken, {name: self._of(value, rows, name) for name, value in kwargs.items()}
+
+    def _of(self, value: Any, rows: Tensor, name: int | str) -> Any:
+        if isinstance(value, Tensor):
+            dim = self._dimension(value, name)
+            return value if dim is None else value.index_select(dim, rows)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._of(item, rows, name) for item in value))
+        if type(value) in (tuple, list):
+            return type(value)(self._of(item, rows, name) for item in value)
+        if isinstance(value, dict):
+            return {key: self._of(item, rows, name) for key, item in value.items()}
+        return value
+
+    def _dimension(self, value: Tensor, name: int | str) -> int | None:
+        argument = f"argument {name + 1} after x" if isinstance(name, int) else f"argument {name!r}"
+        if name in self.batch_dims:
+            dim = self.batch_dims[name]
+            if dim is not None and not (-value.dim() <= dim < value.dim() and value.shape[dim] == self.batch):
+                raise ValueError(
+                    f"{argument}: got {list(value.shape)}, expected {self.batch} samples in dimension {dim}, which "
+                    "batch_dims names"
+                )
+            return dim
+        if value.dim() == 0 or value.shape[0] != self.batch:
+            return None
+        if self.batch in self.shape[1:]:
+            raise ValueError(
+                f"{argument}: got {list(value.shape)} for x {self.shape}, which may have one entry a sample or not: "
+                f"name it in batch_dims, as {{{name!r}: 0}} or {{{name!r}: None}}"
+            )
+        return 0

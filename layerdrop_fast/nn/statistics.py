@@ -1,0 +1,62 @@
+"""What a stack dropped: counted on the host, never read from a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from layerdrop_fast.schedule import FloatArray
+
+
+@dataclass(frozen=True)
+class StackStats:
+    """What a stack dropped so far, over all its training forwards since it was made or ``reset_stats`` was called."""
+
+    forwards: int
+    layers_run: int  # layers that ran for at least one sample
+    layers_skipped: int
+    realized_rates: FloatArray  # [L], the share of samples (of forwards, at "batch") that each layer dropped
+    # Forward and backward products with the matrices among the skipped layers' parameters, 6 * elements * tokens, for
+    # x [B, ..., D] and matrices that meet each token once; products of activations with each other not counted.
+    flops_skipped: float
+    # Activations that the skipped layers would have held for backward; None where the layers are not this package's.
+    bytes_saved: float | None
+
+
+class Statistics:
+    """The sums behind ``StackStats``."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.forwards = 0
+        self.samples = 0
+        self.tokens = 0
+        self.bytes_saved = 0.0
+        self.runs = np.zeros(num_layers, dtype=np.int64)
+        self.samples_run = np.zeros(num_layers, dtype=np.float64)
+        self.tokens_run = np.zeros(num_layers, dtype=np.float64)
+
+    def count(self, shares: FloatArray, samples: int, tokens: int, bytes_saved: float) -> None:
+        """Adds a forward of so many samples and tokens, of which the layers ran the ``shares`` [L]."""
+        self.forwards += 1
+        self.samples += samples
+        self.tokens += tokens
+        self.bytes_saved += bytes_saved
+        self.runs += shares > 0
+        self.samples_run += shares * samples
+        self.tokens_run += shares * tokens
+
+    def of(self, layers: Iterable[nn.Module], knows_bytes: bool) -> StackStats:
+        """The statistics, with the weights of the layers that ran and that did not."""
+        weights = [sum(w.numel() for w in layer.parameters() if w.dim() == 2) for layer in layers]
+        run = int(self.runs.sum())
+        return StackStats(
+            forwards=self.forwards,
+            layers_run=run,
+            layers_skipped=self.forwards * len(self.runs) - run,
+            realized_rates=1.0 - self.samples_run / max(self.samples, 1),
+            flops_skipped=6.0 * float(np.dot(weights, self.tokens - self.tokens_run)),
+            bytes_saved=self.bytes_saved if knows_bytes else None,
+        )
