@@ -1,7 +1,15 @@
 """LayerDrop and stochastic depth for deep transformers, at the price of the layers that are kept."""
 
 from layerdrop_fast import memory, models, ops, prune
-from layerdrop_fast.nn import LayerDropModuleList, LayerDropStack, StackStats, set_step
+from layerdrop_fast.nn import (
+    KVCache,
+    LayerDropModuleList,
+    LayerDropStack,
+    StackStats,
+    TransformerLayer,
+    TransformerStack,
+    set_step,
+)
 from layerdrop_fast.plan import DropPlan, draw_plan
 from layerdrop_fast.schedule import (
     DropSchedule,
@@ -22,9 +30,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DropPlan",
     "DropSchedule",
+    "KVCache",
     "LayerDropModuleList",
     "LayerDropStack",
     "StackStats",
+    "TransformerLayer",
+    "TransformerStack",
     "alternating",
     "constant",
     "decreasing",

@@ -87,9 +87,13 @@ class DropPlan:
         """int32 [k_l]: the indices of the kept samples of a layer, ascending."""
         if "rows" not in self._tensors:
             rows, counts = planner.compact_rows(self._keep)
-            self._tensors["rows"] = torch.from_numpy(rows).to(self.device), counts.tolist()
+            self._tensors["rows"] = to_device(rows, self.device), counts.tolist()
         padded, kept = self._tensors["rows"]
         return padded[layer, : kept[layer]]  # type: ignore[no-any-return]
+
+    def kept_samples(self, layer: int) -> list[int]:
+        """``rows`` on the host."""
+        return np.flatnonzero(self._keep[layer]).tolist()  # type: ignore[no-any-return]
 
     def to(self, device: torch.device | str) -> DropPlan:
         """The same plan with its tensors on another device."""
@@ -98,7 +102,7 @@ class DropPlan:
 
     def _tensor(self, name: str, make: Any) -> Tensor:
         if name not in self._tensors:
-            self._tensors[name] = torch.from_numpy(make()).to(self.device)
+            self._tensors[name] = to_device(make(), self.device)
         return self._tensors[name]  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
@@ -179,3 +183,11 @@ def _as_rates(rates: Any) -> FloatArray:
         return np.asarray(rates.detach() if isinstance(rates, Tensor) else rates, dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"rates must be a vector of numbers, got {rates!r}") from None
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device | str) -> Tensor:
+    """A host array on a device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

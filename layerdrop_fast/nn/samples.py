@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Argument number (after x) or keyword -> the dimension that counts samples, None where there is none.
 BatchDims = Mapping[int | str, int | None]
@@ -69,3 +71,30 @@ class Samples:
                 f"name it in batch_dims, as {{{name!r}: 0}} or {{{name!r}: None}}"
             )
         return 0
+
+
+def replace_samples(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """x with ``values`` in place of its samples ``rows``; unlike ``index_copy``, holds none of them for backward.
+
+    Shapes:
+        x: [B, ...]; rows: int32 [K]; values: [K, ...], dtype of x -> [B, ...]
+    """
+    return _Replace.apply(x, rows, values)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Replace(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        return x.index_copy(0, rows.long(), values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        need_x, _, need_values = ctx.needs_input_grad
+        grad_x = grad.index_fill(0, rows.long(), 0) if need_x else None
+        return grad_x, None, grad.index_select(0, rows) if need_values else None

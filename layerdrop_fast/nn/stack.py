@@ -16,7 +16,7 @@ from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.counters import StepCounters
 from layerdrop_fast.nn.drop_path import take_rates
 from layerdrop_fast.nn.layer_drop_list import every_layer
-from layerdrop_fast.nn.samples import BatchDims, Samples
+from layerdrop_fast.nn.samples import BatchDims, Samples, replace_samples
 from layerdrop_fast.nn.statistics import StackStats, Statistics
 from layerdrop_fast.nn.turn import Kept, Turn, pieces
 from layerdrop_fast.plan import SAMPLINGS, DropPlan, draw_plan
@@ -216,20 +216,22 @@ class LayerDropStack(nn.Module):
         if self.max_kept is not None and turn.plan is not None and torch.is_grad_enabled():
             bound = self.max_kept * self.units_per_layer * batch
         out = x
-        states: list[Tensor] = []
+        behind: dict[int, Tensor] = {}  # layer -> x behind it
         for kept, recomputed in pieces(turn.kept, bound):
             if recomputed:
                 out, *new = checkpoint(self._run_piece, out, kept, args, kwargs, use_reentrant=False)
             else:
                 out, *new = self._run_piece(out, kept, args, kwargs)
-            states += new
+            behind.update(zip(self._layers_of(kept), new, strict=self.hidden_states))
         # Never the caller's own tensor: what is done to the result in place is not done to the input.
         out = out.clone() if out is x else out
-        return out, self._every_state(x, turn.kept, states) if self.hidden_states else []
+        return out, self._every_state(x, behind) if self.hidden_states else []
 
-    def _every_state(self, x: Tensor, kept: list[Kept], states: list[Tensor]) -> list[Tensor]:
-        """One entry a layer: ``states`` behind the kept units, and between them what was before."""
-        behind = {unit.unit // self.units_per_layer: state for unit, state in zip(kept, states, strict=True)}
+    def _layers_of(self, kept: Sequence[Kept]) -> list[int]:
+        return list(dict.fromkeys(unit.unit // self.units_per_layer for unit in kept))
+
+    def _every_state(self, x: Tensor, behind: dict[int, Tensor]) -> list[Tensor]:
+        """x behind every layer: behind one that did not run it is what it was before."""
         every = []
         for layer in range(len(self.layers)):
             x = behind.get(layer, x)
@@ -239,7 +241,7 @@ class LayerDropStack(nn.Module):
     def _run_piece(
         self, x: Tensor, kept: Sequence[Kept], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, ...]:
-        """x behind these units and, if hidden states are wanted, behind each of them."""
+        """x behind these units and, if hidden states are wanted, behind each of their layers."""
         states: list[Tensor] = []
         for unit in kept:
             x = self._run_layer(x, unit, args, kwargs)
@@ -272,7 +274,7 @@ class LayerDropStack(nn.Module):
             # Not lerp: under autocast the two may differ in dtype.
             return y if unit.scale == 1 else torch.add(x, y - x, alpha=unit.scale)
         if unit.scale == 1:
-            return x.index_copy(0, rows.long(), y.to(x.dtype))
+            return replace_samples(x, rows, y.to(x.dtype))
         return ops.scatter_residual(x, y - part, rows, scale=unit.scale)
 
     def _check_result(self, index: int, part: Tensor, y: Any) -> None:

@@ -1,0 +1,346 @@
+"""``TransformerStack``: Transformer layers that run at the price of what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerdrop_fast import ops
+from layerdrop_fast._checks import check_choice
+from layerdrop_fast.nn import distributed
+from layerdrop_fast.nn.attention import Attend, KVCache
+from layerdrop_fast.nn.packed import Packed
+from layerdrop_fast.nn.residual import Step, add
+from layerdrop_fast.nn.stack import LayerDropStack
+from layerdrop_fast.nn.transformer_layer import SITES_PER_BRANCH, TransformerLayer, Visit
+from layerdrop_fast.nn.turn import Kept, Turn
+from layerdrop_fast.plan import DropPlan, to_device
+from layerdrop_fast.schedule import DropSchedule
+
+TARGETS = ("layer", "branch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a forward is given besides the stream, as the layers take it."""
+
+    memory: Tensor | None
+    attend: Attend
+    memory_attend: Attend
+    packed: Packed | None
+    cache: KVCache | None
+    steps: dict[int, Step]  # of every kept branch, numbered through the stack
+
+
+class TransformerStack(LayerDropStack):
+    """``num_layers`` TransformerLayers, of which a training step runs and holds only what its plan keeps.
+
+    All decisions are drawn before the first layer runs. Adding a kept branch to the stream and normalising for the next
+    kept one is one op, over whatever was dropped in between. Per kept layer and token 10 D numbers are held for
+    backward, neither masks nor the stream among them; what is dropped costs nothing.
+
+        stack = TransformerStack(24, 1024, 16, 4096, schedule=DropSchedule(24, linear(0.5)), granularity="sample",
+                                 scale="inverse", seed=0)
+        out = stack(x, is_causal=True)
+
+    Shapes:
+        x: [B, S, D]; memory: [B, T, D] -> [B, S, D], a new tensor; x is not written. Packed, x is [1, N, D].
+
+    Args:
+        num_layers: layers; they stand in ``.layers``.
+        d_model ... dtype: of each TransformerLayer. There is no norm behind the last layer.
+        schedule, granularity, sampling, scale, seed, accumulation, max_kept, hidden_states: as in LayerDropStack. The
+            residual scale multiplies what a branch adds.
+        target: ``"layer"``, one decision for all branches of a layer; ``"branch"``, one for each.
+
+    Raises:
+        ValueError, TypeError: as TransformerLayer and LayerDropStack.
+
+    State dict: that of TransformerLayer under ``layers.N.``, and ``counters._extra_state``.
+
+    ``stack.compile()`` compiles all layers as one graph, ``for layer in stack.layers: layer.compile()`` each by itself,
+    the same graph for all.
+
+    Randomness: the plans are ``draw_plan(rates, ...)`` as in LayerDropStack, for target "branch" with each layer's rate
+    once a branch. A dropout mask is a function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0
+    behind the branch, 1 inside)`` for branch b numbered through the stack, and an element's number in [B, S, D].
+
+    Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str = "gelu",
+        layer_norm_eps: float = 1e-5,
+        norm_first: bool = True,
+        bias: bool = True,
+        norm: str = "layernorm",
+        *,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        num_kv_heads: int | None = None,
+        rope_theta: float | None = None,
+        cross_attention: bool = False,
+        layer_scale: float | None = None,
+        recompute: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **keywords: Any,
+    ) -> None:
+        layers = [
+            TransformerLayer(
+                d_model,
+                nhead,
+                dim_feedforward,
+                dropout,
+                activation,
+                layer_norm_eps,
+                norm_first,
+                bias,
+                norm,
+                attention_dropout=attention_dropout,
+                activation_dropout=activation_dropout,
+                num_kv_heads=num_kv_heads,
+                rope_theta=rope_theta,
+                cross_attention=cross_attention,
+                layer_scale=layer_scale,
+                recompute=recompute,
+                device=device,
+                dtype=dtype,
+            )
+            for _ in range(num_layers)
+        ]
+        self._set_up(layers, **keywords)
+
+    def _set_up(
+        self,
+        layers: Sequence[TransformerLayer],
+        *,
+        schedule: float | Sequence[float] | DropSchedule = 0.2,
+        granularity: str = "batch",
+        target: str = "layer",
+        sampling: str = "bernoulli",
+        scale: str = "none",
+        seed: int | None = None,
+        accumulation: int = 1,
+        max_kept: int | None = None,
+        hidden_states: bool = False,
+    ) -> None:
+        check_choice(target, "target", TARGETS)
+        super().__init__(
+            layers,
+            schedule,
+            granularity=granularity,
+            sampling=sampling,
+            scale=scale,
+            seed=seed,
+            accumulation=accumulation,
+            max_kept=max_kept,
+            hidden_states=hidden_states,
+        )
+        self.target = target
+        self._known_sites: Tensor | None = None
+
+    @classmethod
+    def from_layers(cls, layers: Iterable[nn.Module], **keywords: Any) -> TransformerStack:
+        """A stack of given layers: TransformerLayers, or torch's, whose parameters are shared, not copied.
+
+        Args:
+            layers: all of one shape. keywords: schedule, granularity, target, ..., hidden_states.
+        """
+        stack = cls.__new__(cls)
+        made = [x if isinstance(x, TransformerLayer) else TransformerLayer.from_torch(x) for x in layers]
+        stack._set_up(made, **keywords)
+        return stack
+
+    @property
+    def units_per_layer(self) -> int:
+        return self._branches if self.target == "branch" else 1
+
+    @property
+    def _first(self) -> TransformerLayer:
+        return self.layers[0]  # type: ignore[return-value]
+
+    @property
+    def _branches(self) -> int:
+        return self._first.num_branches
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        memory_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """The stack on a batch.
+
+        Args:
+            attn_mask: [S, S], [B, S, S] or [B or 1, nhead or 1, S, S]; bool, True where NOT attended (as in
+                ``nn.MultiheadAttention``), or float, added to the scores.
+            key_padding_mask: [B, S], the same: True at padding.
+            is_causal: position s attends to 0..s.
+            memory_mask, memory_key_padding_mask: the same for ``memory``.
+            position_ids: int64 [S] or [B, S] (packed [N]), for rotary positions; None: 0..S - 1 in each sample.
+            cu_seqlens: int [B + 1], on the host: x is [1, N, D], the tokens of B sequences behind one another, and
+                sequence b has those from cu_seqlens[b] up to cu_seqlens[b + 1]. Decisions are one a sequence; results
+                and masks are those of the padded batch.
+            max_seqlen: length of that padded batch, which numbers the masks; None: of the longest sequence.
+            cache: evaluation only: x continues what the cache has read; x is read into it too.
+
+        Returns:
+            The stream behind the last layer; with ``hidden_states`` (stream, L tensors).
+
+        Raises:
+            ValueError: a shape is wrong, or arguments that exclude each other; nothing has changed then.
+        """
+        self._first.check(x, memory)
+        masks: dict[str, Any] = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        masks |= {"memory_mask": memory_mask, "memory_key_padding_mask": memory_key_padding_mask}
+        if cu_seqlens is not None:
+            excluded = {**masks, "memory": memory, "cache": cache, "is_causal": None}
+            return self._packed(x, Packed(cu_seqlens, x.shape[1], max_seqlen), is_causal, position_ids, excluded)
+        past = 0 if cache is None else self._check_cache(cache, x)
+        attend, memory_attend = self._first.attention(x, memory, **masks, position_ids=position_ids, past=past)
+        inputs = Inputs(memory, attend, memory_attend, None, cache, {})
+        out = self._forward(x, x.shape[0], (), {"inputs": inputs})
+        if cache is not None:
+            cache.length += x.shape[1]
+        return out
+
+    def _packed(
+        self, x: Tensor, packed: Packed, is_causal: bool, position_ids: Tensor | None, excluded: dict[str, Any]
+    ) -> Any:
+        given = [name for name, value in excluded.items() if value is not None]
+        if x.shape[0] != 1 or given:
+            raise ValueError(f"cu_seqlens: got x {list(x.shape)} and {given}, expected x [1, N, D] and none of these")
+        if position_ids is None:
+            position_ids = packed.positions(x.device)
+        attend, memory_attend = self._first.attention(x, None, position_ids=position_ids.flatten())
+        attend = attend._replace(is_causal=is_causal, lengths=packed.lengths.tolist())
+        inputs = Inputs(None, attend, memory_attend, packed, None, {})
+        out = self._forward(x[0], packed.batch, (), {"inputs": inputs})
+        if self.hidden_states:
+            return out[0][None], [state[None] for state in out[1]]
+        return out[None]
+
+    def _check_cache(self, cache: KVCache, x: Tensor) -> int:
+        """The positions that the cache has read."""
+        if self.training:
+            raise ValueError("cache: got one while training, expected stack.eval()")
+        if cache.length + x.shape[1] > cache.max_len:
+            raise ValueError(
+                f"cache: got {cache.length} positions read and {x.shape[1]} new ones, expected at most {cache.max_len}"
+            )
+        return cache.length
+
+    def _run(
+        self, x: Tensor, turn: Turn, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        inputs: Inputs = kwargs["inputs"]
+        inputs = dataclasses.replace(inputs, steps=self._steps(x, turn, inputs.packed))
+        return super()._run(x, turn, batch, args, {"inputs": inputs})
+
+    def _run_piece(
+        self, x: Tensor, kept: Sequence[Kept], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        inputs: Inputs = kwargs["inputs"]
+        in_place, states = self._owns_stream, []
+        y: Tensor | None = None
+        before: Step | None = None
+        for number, steps in self._by_layer(kept, inputs.steps):
+            visit = Visit(before, steps, inputs.attend, inputs.memory_attend, in_place, inputs.cache, number)
+            x, y = self.layers[number](x, inputs.memory, y=y, visit=visit)
+            before = [step for step in steps if step is not None][-1]
+            if self.hidden_states:
+                x, y = x if y is None else add(x, y, before, in_place=False), None
+                states.append(x)
+        if y is not None and before is not None:
+            x = add(x, y, before, in_place=in_place)
+        return x, *states
+
+    @property
+    def _owns_stream(self) -> bool:
+        """Whether the stream may be written in place: no checkpoint and no compiled region encloses a layer."""
+        return not self.hidden_states and not any(_is_enclosed(layer) for layer in self.layers)
+
+    def _by_layer(self, kept: Sequence[Kept], steps: dict[int, Step]) -> Iterator[tuple[int, list[Step | None]]]:
+        """The layers that run, and how each of their branches does."""
+        branches = self._branches
+        for layer, units in groupby(kept, lambda unit: unit.unit // self.units_per_layer):
+            ran = {unit.unit for unit in units}
+            numbers = range(layer * branches, (layer + 1) * branches)
+            yield layer, [steps[b] if self.target == "layer" or b in ran else None for b in numbers]
+
+    def _steps(self, x: Tensor, turn: Turn, packed: Packed | None) -> dict[int, Step]:
+        """How every kept branch runs: the tensors of a forward, made before its first layer."""
+        branches, per_unit = self._branches, self._branches // self.units_per_layer
+        layers: Sequence[Any] = self.layers  # type: ignore[assignment]
+        rates: list[float] = [layer.dropout if layer.training else 0.0 for layer in layers]
+        key = sites = None
+        if turn.plan is not None and any(layer.dropout or layer.activation_dropout for layer in layers):
+            key, sites = self._key(turn.plan, x.device), self._sites(x.device)
+        scales: Sequence[Tensor | None] = [None] * len(turn.kept)
+        if any(unit.scale != 1 for unit in turn.kept):
+            dtype = np.float64 if x.dtype == torch.float64 else np.float32
+            scales = to_device(np.array([unit.scale for unit in turn.kept], dtype=dtype), x.device).unbind()
+        steps = {}
+        for unit, scale in zip(turn.kept, scales, strict=True):
+            rows, samples, numbers = unit.rows, None, None
+            if packed is not None:
+                rows, samples, numbers = self._packed_rows(unit, turn, packed, key is not None, x.device)
+            for branch in range(unit.unit * per_unit, (unit.unit + 1) * per_unit):
+                site, inner = (None, None) if sites is None else sites[branch]
+                rate = 0.0 if key is None else rates[branch // branches]
+                steps[branch] = Step(rows, samples, scale, rate, key, site, inner, numbers)
+        return steps
+
+    def _packed_rows(
+        self, unit: Kept, turn: Turn, packed: Packed, masked: bool, device: torch.device
+    ) -> tuple[Tensor | None, list[int] | None, Tensor | None]:
+        """The tokens of the kept sequences, those sequences, and what numbers the tokens' masks."""
+        if unit.rows is None:
+            numbers = to_device(packed.tokens_of(range(packed.batch))[1], device) if masked else None
+            return None, None, numbers
+        assert turn.plan is not None
+        samples = turn.plan.kept_samples(unit.unit)
+        places, padded = packed.tokens_of(samples)
+        return to_device(places, device), samples, to_device(padded, device) if masked else None
+
+    def _key(self, plan: DropPlan, device: torch.device) -> Tensor:
+        microbatch = plan.stream & 0xFFFFFFFF
+        counters = np.array([plan.seed, plan.step, distributed.rank() << 32 | microbatch], dtype=np.uint64)
+        return ops.step_key(to_device(counters.view(np.int64), device))
+
+    def _sites(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """The two sites of every branch."""
+        branches = len(self.layers) * self._branches
+        if self._known_sites is None or (self._known_sites.device, len(self._known_sites)) != (device, branches):
+            with torch.inference_mode(False):
+                sites = torch.arange(SITES_PER_BRANCH * branches, dtype=torch.int32, device=device)
+                self._known_sites = (sites + ops.FIRST_DROPOUT_SITE).view(-1, SITES_PER_BRANCH)
+        behind, inside = self._known_sites.t()
+        return list(zip(behind.unbind(), inside.unbind(), strict=True))
+
+
+def _is_enclosed(layer: nn.Module) -> bool:
+    plain = isinstance(layer, TransformerLayer) and type(layer).forward is TransformerLayer.forward
+    return not plain or layer._compiled_call_impl is not None
