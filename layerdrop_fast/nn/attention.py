@@ -105,7 +105,7 @@ class Attention(nn.Module):
                 nn.init.zeros_(bias)
 
     def attend_to_itself(
-        self, h: Tensor, norm: nn.Module | None, attend: Attend, recompute: bool, cache: KVCache | None, layer: int
+        self, h: Tensor, norm: nn.Module | None, attend: Attend, recompute: bool, cache: tuple[KVCache, int] | None
     ) -> Tensor:
         """Self-attention, before the output projection.
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
                 return self._packed(heads, groups, attend)
             q, k, v = heads.transpose(1, 2).split(groups, dim=1)
             if cache is not None:
-                k, v = cache.extend(layer, k, v)
+                k, v = cache[0].extend(cache[1], k, v)
             return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)
 
     def attend_to(

@@ -96,5 +96,10 @@ class _Replace(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
         need_x, _, need_values = ctx.needs_input_grad
-        grad_x = grad.index_fill(0, rows.long(), 0) if need_x else None
+        grad_x = None
+        if need_x:
+            # Not index_fill: Inductor can't compile it for an unknown number of rows.
+            replaced = torch.zeros(grad.shape[0], dtype=torch.bool, device=grad.device)
+            replaced = replaced.index_put((rows.long(),), torch.ones((), dtype=torch.bool, device=grad.device))
+            grad_x = grad.masked_fill(replaced.view(-1, *[1] * (grad.dim() - 1)), 0)
         return grad_x, None, grad.index_select(0, rows) if need_values else None

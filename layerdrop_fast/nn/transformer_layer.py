@@ -29,8 +29,7 @@ class Visit(NamedTuple):
     attend: Attend
     memory_attend: Attend
     in_place: bool  # the stream is the stack's own, and written in place
-    cache: KVCache | None
-    number: int  # of the layer
+    cache: tuple[KVCache, int] | None  # and the number of the layer in it
 
 
 class TransformerLayer(nn.Module):
@@ -187,7 +186,7 @@ class TransformerLayer(nn.Module):
             position_ids=position_ids,
         )
         steps = self._steps_alone(x)
-        visit = Visit(None, steps, attend, memory_attend, in_place=False, cache=None, number=0)
+        visit = Visit(None, steps, attend, memory_attend, in_place=False, cache=None)
         if not self.norm_first:
             return self._post_norm(x, memory, visit)
         x, branch = self._pre_norm(x, None, memory, visit)
@@ -219,9 +218,8 @@ class TransformerLayer(nn.Module):
                 h = x if rows is None else x.index_select(0, rows)
             compact = step if rows is None or step.numbers is not None else step._replace(numbers=rows)
             y = compact.drop_out(self._branch(branch, h, norm, memory, step, visit))
-            norm_behind = self._norm(branch)
-            _, h = add_and_norm(_affine(h, norm), y, compact._replace(rows=None), None, norm_behind, in_place=False)
-            norm = norm_behind
+            h, norm = add(_affine(h, norm), y, compact._replace(rows=None), in_place=False), self._norm(branch)
+            _, h = add_and_norm(h, None, None, None, norm, in_place=False)
         return _put(x, rows, _affine(h, norm))
 
     def _branch(
@@ -240,7 +238,7 @@ class TransformerLayer(nn.Module):
             return ops.act_linear(u, weight, bias, activation=self.activation, rows=step.mask_rows, **dropout)
         if branch == 0:
             attend = visit.attend.of(step.rows, step.samples)
-            y = self.self_attn.attend_to_itself(h, norm, attend, self.recompute == "qkv", visit.cache, visit.number)
+            y = self.self_attn.attend_to_itself(h, norm, attend, self.recompute == "qkv", visit.cache)
             return nn.functional.linear(y, *_scaled(self.self_attn.out_proj, factors))
         assert self.multihead_attn is not None
         assert memory is not None

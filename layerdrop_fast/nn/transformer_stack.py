@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerdrop_fast import ops
 from layerdrop_fast._checks import check_choice
-from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.attention import Attend, KVCache
+from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
 from layerdrop_fast.nn.packed import Packed
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
-from layerdrop_fast.nn.transformer_layer import SITES_PER_BRANCH, TransformerLayer, Visit
+from layerdrop_fast.nn.steps import steps_of
+from layerdrop_fast.nn.transformer_layer import TransformerLayer, Visit
 from layerdrop_fast.nn.turn import Kept, Turn
-from layerdrop_fast.plan import DropPlan, to_device
+from layerdrop_fast.plan import DropPlan
 from layerdrop_fast.schedule import DropSchedule
 
 TARGETS = ("layer", "branch")
@@ -151,6 +150,7 @@ class TransformerStack(LayerDropStack):
         )
         self.target = target
         self._known_sites: Tensor | None = None
+        self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
 
     @classmethod
     def from_layers(cls, layers: Iterable[nn.Module], **keywords: Any) -> TransformerStack:
@@ -212,6 +212,9 @@ class TransformerStack(LayerDropStack):
         Raises:
             ValueError: a shape is wrong, or arguments that exclude each other; nothing has changed then.
         """
+        if torch.compiler.is_compiling():
+            given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+            return outside(self.forward, **given)
         self._first.check(x, memory)
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
         masks |= {"memory_mask": memory_mask, "memory_key_padding_mask": memory_key_padding_mask}
@@ -256,19 +259,36 @@ class TransformerStack(LayerDropStack):
         self, x: Tensor, turn: Turn, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, list[Tensor]]:
         inputs: Inputs = kwargs["inputs"]
-        inputs = dataclasses.replace(inputs, steps=self._steps(x, turn, inputs.packed))
-        return super()._run(x, turn, batch, args, {"inputs": inputs})
+        steps = steps_of(self, x, turn, inputs.packed)
+        return super()._run(x, turn, batch, args, {"inputs": dataclasses.replace(inputs, steps=steps)})
 
     def _run_piece(
         self, x: Tensor, kept: Sequence[Kept], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         inputs: Inputs = kwargs["inputs"]
+        layers = list(self._by_layer(kept, inputs.steps))
+        run = self._run_layers if self._compiled is None or inputs.cache is not None else self._compiled
+        return run(x, layers, inputs.memory, inputs.attend, inputs.memory_attend, inputs.cache)
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[int, list[Step | None]]],
+        memory: Tensor | None,
+        attend: Attend,
+        memory_attend: Attend,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, ...]:
+        """x behind these layers and, if hidden states are wanted, behind each of them."""
         in_place, states = self._owns_stream, []
         y: Tensor | None = None
         before: Step | None = None
-        for number, steps in self._by_layer(kept, inputs.steps):
-            visit = Visit(before, steps, inputs.attend, inputs.memory_attend, in_place, inputs.cache, number)
-            x, y = self.layers[number](x, inputs.memory, y=y, visit=visit)
+        for number, steps in layers:
+            layer = self.layers[number]
+            visit = Visit(before, steps, attend, memory_attend, in_place, None if cache is None else (cache, number))
+            if is_compiled(layer):
+                y, visit = compilable(x, y, visit)
+            x, y = layer(x, memory, y=y, visit=visit)
             before = [step for step in steps if step is not None][-1]
             if self.hidden_states:
                 x, y = x if y is None else add(x, y, before, in_place=False), None
@@ -277,10 +297,43 @@ class TransformerStack(LayerDropStack):
             x = add(x, y, before, in_place=in_place)
         return x, *states
 
+    def compile(self, *args: Any, **keywords: Any) -> None:
+        """Compiles all layers as one graph, which serves every plan; its compile time grows with the depth.
+
+        The decisions stay outside. A layer that is dropped for the whole batch is then part of the graph, with no
+        samples: its gradients are zeros, not None, so that an optimizer with momentum or weight decay moves it.
+
+        Args:
+            args, keywords: of ``torch.compile``.
+
+        Raises:
+            ValueError: with ``max_kept``, whose pieces change from step to step.
+        """
+        if self.max_kept is not None:
+            raise ValueError(f"max_kept is {self.max_kept}, expected None: compile the layers, each by itself")
+        self._compiled = torch.compile(self._run_layers, *args, **({"fullgraph": True} | keywords))
+
     @property
     def _owns_stream(self) -> bool:
         """Whether the stream may be written in place: no checkpoint and no compiled region encloses a layer."""
-        return not self.hidden_states and not any(_is_enclosed(layer) for layer in self.layers)
+        return self._compiled is None and not self.hidden_states and not any(_is_enclosed(x) for x in self.layers)
+
+    @property
+    def always_rows(self) -> bool:
+        return self._compiled is not None or any(is_compiled(layer) for layer in self.layers)
+
+    @property
+    def calls_every_layer(self) -> bool:
+        return self._compiled is not None or super().calls_every_layer
+
+    def _kept(self, plan: DropPlan, batch: int) -> list[Kept]:
+        kept = super()._kept(plan, batch)
+        if self._compiled is None:
+            return kept
+        if plan.batch_size is None:
+            everyone = torch.arange(batch, dtype=torch.int32, device=plan.device)
+            kept = [unit._replace(rows=everyone[: unit.num_rows]) for unit in kept]
+        return with_unknown_sizes(kept)
 
     def _by_layer(self, kept: Sequence[Kept], steps: dict[int, Step]) -> Iterator[tuple[int, list[Step | None]]]:
         """The layers that run, and how each of their branches does."""
@@ -290,57 +343,7 @@ class TransformerStack(LayerDropStack):
             numbers = range(layer * branches, (layer + 1) * branches)
             yield layer, [steps[b] if self.target == "layer" or b in ran else None for b in numbers]
 
-    def _steps(self, x: Tensor, turn: Turn, packed: Packed | None) -> dict[int, Step]:
-        """How every kept branch runs: the tensors of a forward, made before its first layer."""
-        branches, per_unit = self._branches, self._branches // self.units_per_layer
-        layers: Sequence[Any] = self.layers  # type: ignore[assignment]
-        rates: list[float] = [layer.dropout if layer.training else 0.0 for layer in layers]
-        key = sites = None
-        if turn.plan is not None and any(layer.dropout or layer.activation_dropout for layer in layers):
-            key, sites = self._key(turn.plan, x.device), self._sites(x.device)
-        scales: Sequence[Tensor | None] = [None] * len(turn.kept)
-        if any(unit.scale != 1 for unit in turn.kept):
-            dtype = np.float64 if x.dtype == torch.float64 else np.float32
-            scales = to_device(np.array([unit.scale for unit in turn.kept], dtype=dtype), x.device).unbind()
-        steps = {}
-        for unit, scale in zip(turn.kept, scales, strict=True):
-            rows, samples, numbers = unit.rows, None, None
-            if packed is not None:
-                rows, samples, numbers = self._packed_rows(unit, turn, packed, key is not None, x.device)
-            for branch in range(unit.unit * per_unit, (unit.unit + 1) * per_unit):
-                site, inner = (None, None) if sites is None else sites[branch]
-                rate = 0.0 if key is None else rates[branch // branches]
-                steps[branch] = Step(rows, samples, scale, rate, key, site, inner, numbers)
-        return steps
-
-    def _packed_rows(
-        self, unit: Kept, turn: Turn, packed: Packed, masked: bool, device: torch.device
-    ) -> tuple[Tensor | None, list[int] | None, Tensor | None]:
-        """The tokens of the kept sequences, those sequences, and what numbers the tokens' masks."""
-        if unit.rows is None:
-            numbers = to_device(packed.tokens_of(range(packed.batch))[1], device) if masked else None
-            return None, None, numbers
-        assert turn.plan is not None
-        samples = turn.plan.kept_samples(unit.unit)
-        places, padded = packed.tokens_of(samples)
-        return to_device(places, device), samples, to_device(padded, device) if masked else None
-
-    def _key(self, plan: DropPlan, device: torch.device) -> Tensor:
-        microbatch = plan.stream & 0xFFFFFFFF
-        counters = np.array([plan.seed, plan.step, distributed.rank() << 32 | microbatch], dtype=np.uint64)
-        return ops.step_key(to_device(counters.view(np.int64), device))
-
-    def _sites(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """The two sites of every branch."""
-        branches = len(self.layers) * self._branches
-        if self._known_sites is None or (self._known_sites.device, len(self._known_sites)) != (device, branches):
-            with torch.inference_mode(False):
-                sites = torch.arange(SITES_PER_BRANCH * branches, dtype=torch.int32, device=device)
-                self._known_sites = (sites + ops.FIRST_DROPOUT_SITE).view(-1, SITES_PER_BRANCH)
-        behind, inside = self._known_sites.t()
-        return list(zip(behind.unbind(), inside.unbind(), strict=True))
-
 
 def _is_enclosed(layer: nn.Module) -> bool:
     plain = isinstance(layer, TransformerLayer) and type(layer).forward is TransformerLayer.forward
-    return not plain or layer._compiled_call_impl is not None
+    return not plain or is_compiled(layer)

@@ -1,0 +1,76 @@
+"""The tensors of a forward of a TransformerStack: rows, residual scales, and where masks come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerdrop_fast import ops
+from layerdrop_fast.nn import distributed
+from layerdrop_fast.nn.packed import Packed
+from layerdrop_fast.nn.residual import Step
+from layerdrop_fast.nn.transformer_layer import SITES_PER_BRANCH
+from layerdrop_fast.nn.turn import Kept, Turn
+from layerdrop_fast.plan import DropPlan, to_device
+
+if TYPE_CHECKING:
+    from layerdrop_fast.nn.transformer_stack import TransformerStack
+
+
+def steps_of(stack: TransformerStack, x: Tensor, turn: Turn, packed: Packed | None) -> dict[int, Step]:
+    """How every kept branch runs: the tensors of a forward, made before its first layer."""
+    branches, per_unit = stack._branches, stack._branches // stack.units_per_layer
+    layers: Sequence[Any] = stack.layers  # type: ignore[assignment]
+    rates: list[float] = [layer.dropout if layer.training else 0.0 for layer in layers]
+    key = sites = None
+    if turn.plan is not None and any(layer.dropout or layer.activation_dropout for layer in layers):
+        key, sites = _key(turn.plan, x.device), _sites(stack, x.device)
+    scales: Sequence[Tensor | None] = [None] * len(turn.kept)
+    # In a compiled region always a tensor: a plan whose scales happen to be 1 is not compiled anew.
+    if any(unit.scale != 1 for unit in turn.kept) or (stack.always_rows and stack.scale != "none"):
+        dtype = np.float64 if x.dtype == torch.float64 else np.float32
+        scales = to_device(np.array([unit.scale for unit in turn.kept], dtype=dtype), x.device).unbind()
+    steps = {}
+    for unit, scale in zip(turn.kept, scales, strict=True):
+        rows, samples, numbers = unit.rows, None, None
+        if packed is not None:
+            rows, samples, numbers = _packed_rows(unit, turn, packed, key is not None, x.device)
+        for branch in range(unit.unit * per_unit, (unit.unit + 1) * per_unit):
+            site, inner = (None, None) if sites is None else sites[branch]
+            rate = 0.0 if key is None else rates[branch // branches]
+            steps[branch] = Step(rows, samples, scale, rate, key, site, inner, numbers)
+    return steps
+
+
+def _packed_rows(
+    unit: Kept, turn: Turn, packed: Packed, masked: bool, device: torch.device
+) -> tuple[Tensor | None, list[int] | None, Tensor | None]:
+    """The tokens of the kept sequences, those sequences, and what numbers the tokens' masks."""
+    if unit.rows is None:
+        numbers = to_device(packed.tokens_of(range(packed.batch))[1], device) if masked else None
+        return None, None, numbers
+    assert turn.plan is not None
+    samples = turn.plan.kept_samples(unit.unit)
+    places, padded = packed.tokens_of(samples)
+    return to_device(places, device), samples, to_device(padded, device) if masked else None
+
+
+def _key(plan: DropPlan, device: torch.device) -> Tensor:
+    microbatch = plan.stream & 0xFFFFFFFF
+    counters = np.array([plan.seed, plan.step, distributed.rank() << 32 | microbatch], dtype=np.uint64)
+    return ops.step_key(to_device(counters.view(np.int64), device))
+
+
+def _sites(stack: TransformerStack, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The two sites of every branch."""
+    branches = len(stack.layers) * stack._branches
+    if stack._known_sites is None or (stack._known_sites.device, len(stack._known_sites)) != (device, branches):
+        with torch.inference_mode(False):
+            sites = torch.arange(SITES_PER_BRANCH * branches, dtype=torch.int32, device=device)
+            stack._known_sites = (sites + ops.FIRST_DROPOUT_SITE).view(-1, SITES_PER_BRANCH)
+    behind, inside = stack._known_sites.t()
+    return list(zip(behind.unbind(), inside.unbind(), strict=True))
