@@ -1,7 +1,16 @@
 """LayerDrop and stochastic depth for deep transformers, at the price of the layers that are kept."""
 
 from layerdrop_fast import memory, models, ops, prune
-from layerdrop_fast.nn import LayerDropModuleList, LayerDropStack, StackStats, set_step
+from layerdrop_fast.nn import (
+    DropPath,
+    LayerDropModuleList,
+    LayerDropStack,
+    StackStats,
+    StochasticDepth,
+    drop_path,
+    set_step,
+    stochastic_depth,
+)
 from layerdrop_fast.plan import DropPlan, draw_plan
 from layerdrop_fast.schedule import (
     DropSchedule,
@@ -20,15 +29,18 @@ from layerdrop_fast.schedule import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DropPath",
     "DropPlan",
     "DropSchedule",
     "LayerDropModuleList",
     "LayerDropStack",
     "StackStats",
+    "StochasticDepth",
     "alternating",
     "constant",
     "decreasing",
     "draw_plan",
+    "drop_path",
     "increasing",
     "linear",
     "memory",
@@ -39,6 +51,7 @@ __all__ = [
     "progressive",
     "prune",
     "set_step",
+    "stochastic_depth",
     "uniform",
     "warmup",
 ]

@@ -1,8 +1,18 @@
-"""Modules: the swap-in for fairseq's layer list, and a stack for any residual layers."""
+"""Modules: a stack for any residual layers, and the swap-ins for fairseq's, timm's and torchvision's modules."""
 
 from layerdrop_fast.nn.counters import set_step
+from layerdrop_fast.nn.drop_path import DropPath, StochasticDepth, drop_path, stochastic_depth
 from layerdrop_fast.nn.layer_drop_list import LayerDropModuleList
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.statistics import StackStats
 
-__all__ = ["LayerDropModuleList", "LayerDropStack", "StackStats", "set_step"]
+__all__ = [
+    "DropPath",
+    "LayerDropModuleList",
+    "LayerDropStack",
+    "StackStats",
+    "StochasticDepth",
+    "drop_path",
+    "set_step",
+    "stochastic_depth",
+]
