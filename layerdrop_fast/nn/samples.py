@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,10 @@ class Samples:
         if type(value) in (tuple, list):
             return type(value)(self._of(item, rows, name) for item in value)
         if isinstance(value, dict):
-            return {key: self._of(item, rows, name) for key, item in value.items()}
+            taken = copy.copy(value)  # an OrderedDict stays one
+            for key, item in value.items():
+                taken[key] = self._of(item, rows, name)
+            return taken
         return value
 
     def _dimension(self, value: Tensor, name: int | str) -> int | None:
