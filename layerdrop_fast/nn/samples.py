@@ -1,4 +1,4 @@
-"""The kept samples of whatever a layer is called with."""
+"""The kept samples of whatever a layer is called with, and the way back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from layerdrop_fast._checks import check_integer
 
 # Argument number (after x) or keyword -> the dimension that counts samples, None where there is none.
 BatchDims = Mapping[int | str, int | None]
+
+
+def check_batch_dims(batch_dims: BatchDims | None) -> dict[int | str, int | None]:
+    """The same, as a dict of its own."""
+    for name, dim in (batch_dims or {}).items():
+        if not isinstance(name, int | str):
+            raise TypeError(f"batch_dims names {name!r}, expected keywords or numbers of arguments after x")
+        if dim is not None:
+            check_integer(dim, f"batch_dims[{name!r}]")
+    return dict(batch_dims or {})
 
 
 class Samples:
@@ -30,9 +43,9 @@ class Samples:
         self.batch_dims = batch_dims
 
     def of_arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for the samples in ``rows``.
+        """The arguments for the samples in ``rows``; None: for all of them, which only checks.
 
         Raises:
             ValueError: a tensor may have samples or not; a dimension of ``batch_dims`` has not B elements.
@@ -40,10 +53,10 @@ class Samples:
         taken = tuple(self._of(value, rows, index) for index, value in enumerate(args))
         return taken, {name: self._of(value, rows, name) for name, value in kwargs.items()}
 
-    def _of(self, value: Any, rows: Tensor, name: int | str) -> Any:
+    def _of(self, value: Any, rows: Tensor | None, name: int | str) -> Any:
         if isinstance(value, Tensor):
             dim = self._dimension(value, name)
-            return value if dim is None else value.index_select(dim, rows)
+            return value if dim is None or rows is None else value.index_select(dim, rows)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self._of(item, rows, name) for item in value))
         if type(value) in (tuple, list):
@@ -73,3 +86,24 @@ class Samples:
                 f"name it in batch_dims, as {{{name!r}: 0}} or {{{name!r}: None}}"
             )
         return 0
+
+
+class PutBack(torch.autograd.Function):
+    """``x' = x``, ``x'[rows[k]] = y[k]`` in x's dtype. torch's ``index_copy`` would save y for backward."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return x.index_copy(0, rows.long(), y.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, y, rows = inputs
+        ctx.y_dtype = y.dtype
+        ctx.save_for_backward(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        needs_x, needs_y, _ = ctx.needs_input_grad
+        grad_x = grad_out.index_fill(0, rows.long(), 0) if needs_x else None
+        return grad_x, grad_out.index_select(0, rows).to(ctx.y_dtype) if needs_y else None, None

@@ -16,7 +16,7 @@ from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.counters import StepCounters
 from layerdrop_fast.nn.drop_path import refuse_rates, take_rates
 from layerdrop_fast.nn.layer_drop_list import every_layer
-from layerdrop_fast.nn.samples import BatchDims, Samples
+from layerdrop_fast.nn.samples import BatchDims, PutBack, Samples, check_batch_dims
 from layerdrop_fast.nn.statistics import StackStats, Statistics
 from layerdrop_fast.nn.turn import Kept, Turn, pieces
 from layerdrop_fast.ops._checks import FLOATING
@@ -113,7 +113,7 @@ class LayerDropStack(nn.Module):
                 f"granularity, got {granularity!r}"
             )
         self.max_kept = None if max_kept is None else check_count(max_kept, "max_kept", 1)
-        self.batch_dims = dict(batch_dims or {})
+        self.batch_dims = check_batch_dims(batch_dims)
         self.hidden_states = hidden_states
         counters = StepCounters(seed, accumulation)
         self.layers = nn.ModuleList(every_layer(layers))
@@ -156,6 +156,9 @@ class LayerDropStack(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+        if self.training and self.granularity == "sample" and x.dim():
+            # Whatever this plan keeps: an argument that is wrong is wrong at once.
+            Samples(x, self.batch_dims).of_arguments(args, kwargs, None)
         return self._forward(x, x.shape[0] if x.dim() else 0, args, kwargs)
 
     def _forward(self, x: Tensor, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -266,7 +269,7 @@ class LayerDropStack(nn.Module):
         before = part.detach().clone() if rows is None and unit.unit not in self._proven else None
         version = 0 if part.is_inference() else part._version
         y = layer(part, *args, **kwargs)
-        y = y[0] if isinstance(y, tuple) else y
+        y = y[0] if isinstance(y, tuple) and y else y
         if not part.is_inference() and part._version != version:
             if before is not None:
                 part.detach().copy_(before)
@@ -282,7 +285,7 @@ class LayerDropStack(nn.Module):
         if not torch.can_cast(y.dtype, x.dtype):
             raise TypeError(f"layer {unit.unit} returned {y.dtype}, which cannot be put back into x of {x.dtype}")
         if unit.scale == 1:
-            return x.index_copy(0, rows.long(), y.to(x.dtype))
+            return PutBack.apply(x, y, rows)  # type: ignore[no-any-return, no-untyped-call]
         if x.dim() < 2 or x.numel() == 0 or x.dtype not in FLOATING:
             return x.index_add(0, rows, (y - part).to(x.dtype), alpha=unit.scale)
         return ops.scatter_residual(x, y - part, rows, scale=unit.scale)
