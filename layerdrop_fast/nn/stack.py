@@ -73,11 +73,15 @@ class LayerDropStack(nn.Module):
             not keep the same. TypeError: a value of another kind.
 
     With ``torch.compile``, compile the layers (``for layer in stack.layers: layer.compile()``), not the stack, whose
-    decisions would be compiled anew for each plan. With DistributedDataParallel(find_unused_parameters=True)
-    or FSDP give all ranks the same ``seed``: at batch granularity they must keep the same layers. Under FSDP and
-    granularity "sample" a layer that no sample keeps is called with none, as other ranks may wait for it. A second
-    backward through one graph (``retain_graph``) with a checkpoint round the stack works until the next training
-    forward.
+    decisions would be compiled anew for each plan. At granularity "sample" that makes a few graphs, whatever is drawn:
+    for all samples, one, none and any other number.
+
+    On several ranks give all the same ``seed``: at batch granularity they must keep the same layers.
+    DistributedDataParallel needs ``find_unused_parameters=True``. Outside of it (FSDP), granularity "sample" calls a
+    layer that no sample keeps with none, as other ranks may wait for it; its gradients are then zeros.
+
+    A second backward through one graph (``retain_graph``) with a checkpoint round the stack works until the next
+    training forward.
 
     Weights saved without counters load, and leave the counters as they are; ``set_step(model, 0)`` starts a loaded
     model's schedule anew.
@@ -125,6 +129,7 @@ class LayerDropStack(nn.Module):
         self.schedule = DropSchedule.of(schedule, len(self.layers))
         self.scale = scale or "none"
         self.counters = counters
+        self._calls_every_layer = False
         self._proven: set[int] = set()  # layers that are known to leave their input alone
         self.reset_stats()
 
@@ -185,7 +190,7 @@ class LayerDropStack(nn.Module):
         # torch sets it on the copies that nn.DataParallel makes; what they count is lost with them.
         if getattr(self, "_is_replica", False):
             raise RuntimeError("nn.DataParallel would draw the same plan for ever: use DistributedDataParallel")
-        distributed.check_ranks(self.layers, self.granularity, self.counters.seed_was_drawn)
+        distributed.check_ranks(self.granularity, self.counters.seed_was_drawn)
 
     def _turn(self, x: Tensor, batch: int) -> Turn:
         if not self.training:
@@ -299,7 +304,10 @@ class LayerDropStack(nn.Module):
     @property
     def calls_every_layer(self) -> bool:
         """Whether layers that no sample keeps are called too, with none: other ranks may wait for them."""
-        return self.granularity == "sample" and distributed.any_sharded([self])
+        # A recompute runs inside backward, where DistributedDataParallel no longer shows: it does as its forward did.
+        if not self.counters.recomputing:
+            self._calls_every_layer = self.granularity == "sample" and distributed.may_be_sharded()
+        return self._calls_every_layer
 
     @property
     def always_rows(self) -> bool:
