@@ -154,6 +154,14 @@ def test_a_layer_may_itself_be_one():
     assert model.schedule(0).tolist() == [0.3, 0]
 
 
+def test_layers_that_share_a_part_or_are_the_same():
+    part = nn.Sequential(DropPath(0.3))
+    layers = [Residual(part), Residual(part), Residual(DropPath(0.2))]
+    model = LayerDropStack([*layers, layers[2]], "from_layers", granularity="sample")
+    assert model.schedule(0).tolist() == [0.3, 0.3, 0.2, 0.2]
+    assert not [module for module in model.modules() if isinstance(module, DropPath)]
+
+
 @pytest.mark.parametrize(
     ("drops", "keywords", "scale"),
     [
