@@ -97,13 +97,11 @@ class PutBack(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        _, y, rows = inputs
-        ctx.y_dtype = y.dtype
-        ctx.save_for_backward(rows)
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
         needs_x, needs_y, _ = ctx.needs_input_grad
         grad_x = grad_out.index_fill(0, rows.long(), 0) if needs_x else None
-        return grad_x, grad_out.index_select(0, rows).to(ctx.y_dtype) if needs_y else None, None
+        return grad_x, grad_out.index_select(0, rows) if needs_y else None, None

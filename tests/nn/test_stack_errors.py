@@ -155,6 +155,19 @@ def test_streams_of_any_rank_and_dtype(x, scale):
     torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("scale", ["none", "inverse"])
+def test_a_layer_of_another_dtype_keeps_that_of_the_stream(scale):
+    model = LayerDropStack([Function(lambda x: x.bfloat16() * 3)], 0.5, granularity="sample", seed=4, scale=scale)
+    keep = model.plan(batch_size=9).keep[0]
+    x = torch.ones(9, 2, requires_grad=True)
+    out = model(x)
+    assert out.dtype == torch.float32
+    expected = 3.0 if scale == "none" else 5.0
+    assert torch.equal(out, torch.where(keep[:, None], expected, 1.0).expand(9, 2))
+    out.sum().backward()
+    assert torch.equal(x.grad, out)
+
+
 def test_results_that_cannot_be_put_back():
     model = LayerDropStack([Function(torch.tanh)], 0.5, granularity="sample", seed=4)
     with pytest.raises(
