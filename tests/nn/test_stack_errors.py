@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from layerdrop_fast import LayerDropStack
+from layerdrop_fast.prune import extract
 from tests.nn.residual import Block, stack
 
 B = 5
@@ -95,6 +96,16 @@ def test_layers_that_return_their_input(function, granularity, rate):
     x.requires_grad_()
     model(x).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_what_is_known_of_a_layer_does_not_outlive_its_place():
+    """Layer 1 has never run when it becomes layer 0."""
+    model = LayerDropStack([nn.Tanh(), Function(writes)], [0.0, 1.0])
+    model(X)
+    small, x = extract(model, [1]).eval(), X.clone()
+    with pytest.raises(RuntimeError, match="layer 0 wrote into its input"):
+        small(x)
+    assert torch.equal(x, X)
 
 
 @pytest.mark.parametrize("value", [None, 3, [1.0], "x"])
