@@ -2,13 +2,17 @@
 
 from layerdrop_fast import memory, models, ops, prune
 from layerdrop_fast.nn import (
+    DropPath,
     KVCache,
     LayerDropModuleList,
     LayerDropStack,
     StackStats,
+    StochasticDepth,
     TransformerLayer,
     TransformerStack,
+    drop_path,
     set_step,
+    stochastic_depth,
 )
 from layerdrop_fast.plan import DropPlan, draw_plan
 from layerdrop_fast.schedule import (
@@ -28,18 +32,21 @@ from layerdrop_fast.schedule import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DropPath",
     "DropPlan",
     "DropSchedule",
     "KVCache",
     "LayerDropModuleList",
     "LayerDropStack",
     "StackStats",
+    "StochasticDepth",
     "TransformerLayer",
     "TransformerStack",
     "alternating",
     "constant",
     "decreasing",
     "draw_plan",
+    "drop_path",
     "increasing",
     "linear",
     "memory",
@@ -50,6 +57,7 @@ __all__ = [
     "progressive",
     "prune",
     "set_step",
+    "stochastic_depth",
     "uniform",
     "warmup",
 ]

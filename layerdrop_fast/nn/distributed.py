@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -19,16 +18,16 @@ def several_ranks() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def any_sharded(layers: Iterable[nn.Module]) -> bool:
-    """Whether the parameters of a layer are spread over ranks (FSDP), so that all ranks must run it or none."""
-    if not several_ranks():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+def may_be_sharded() -> bool:
+    """Whether other ranks may wait in a layer that this one skips.
 
-    return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for layer in layers for part in layer.modules())
+    Parameters may be spread over ranks by this stack's own wrapper or that of any module around it (FSDP), which the
+    stack cannot see; only DistributedDataParallel is known to leave them whole.
+    """
+    return several_ranks() and DistributedDataParallel._get_active_ddp_module() is None
 
 
-def check_ranks(layers: Iterable[nn.Module], granularity: str, seed_was_drawn: bool) -> None:
+def check_ranks(granularity: str, seed_was_drawn: bool) -> None:
     """What a training forward on several ranks needs.
 
     Raises:
@@ -38,12 +37,12 @@ def check_ranks(layers: Iterable[nn.Module], granularity: str, seed_was_drawn: b
     """
     if not several_ranks():
         return
-    wrapper = DistributedDataParallel._get_active_ddp_module()
-    if granularity == "batch" and seed_was_drawn and (wrapper is not None or any_sharded(layers)):
+    if granularity == "batch" and seed_was_drawn:
         raise RuntimeError(
             "this stack has drawn a seed of its own, and all ranks must keep the same layers: expected the same "
             "seed= on every rank"
         )
+    wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is not None and not wrapper.find_unused_parameters and wrapper.require_backward_grad_sync:
         warnings.warn(
             "dropped layers have no gradients, and DistributedDataParallel waits for all of them: wrap the model as "

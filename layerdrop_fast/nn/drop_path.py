@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -110,10 +110,99 @@ class StochasticDepth(nn.Module):
         return f"p={self.p}, mode={self.mode!r}"
 
 
-def take_rates(layers: Iterable[nn.Module]) -> list[float]:
-    """The drop rate of each layer, from the DropPath and StochasticDepth modules in it, which become identities.
+class _Place(NamedTuple):
+    """Where a DropPath or StochasticDepth is registered. The same module may stand in several places."""
+
+    layer: int
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    rate: float
+
+
+def take_rates(layers: nn.ModuleList, granularity: str, scale: str | None) -> tuple[list[float], str]:
+    """The drop rates of the layers and the residual scale, from the DropPath and StochasticDepth modules in them.
+
+    Afterwards these are ``nn.Identity``. A layer without any, or with ``nn.Identity`` in its place, has rate 0.
+
+    Args:
+        granularity: of the stack that is to drop in their place: ``"sample"`` for DropPath and mode ``"row"``,
+            ``"batch"`` for mode ``"batch"``.
+        scale: None for what the modules do: ``"inverse"`` where they divide by 1 - p, else ``"none"``.
 
     Raises:
-        ValueError: modules of one layer have different rates, or none is found in any layer; nothing is changed then.
+        ValueError: modules of one layer have different rates, none is found in any layer, or their mode or scaling is
+            not one and the same and the stack's; nothing is changed then.
     """
-    return [0.0 for _ in layers]
+    places = _places(layers)
+    if not places:
+        raise ValueError(
+            f'schedule is "from_layers", but none of the {len(layers)} layers holds a DropPath or StochasticDepth, '
+            "expected at least one: pass drop rates"
+        )
+    rates = [_rate_of(layer, [place.rate for place in places if place.layer == layer]) for layer in range(len(layers))]
+    dropping = [place for place in places if place.rate > 0]
+    for place in dropping:
+        needed = "batch" if getattr(place.module, "mode", "row") == "batch" else "sample"
+        if needed != granularity:
+            raise ValueError(
+                f"granularity is {granularity!r}, but {_described(place)} decides for each {needed}, "
+                f"expected {needed!r}"
+            )
+    if scale is None:
+        scaled = {bool(getattr(place.module, "scale_by_keep", True)) for place in dropping}
+        if len(scaled) > 1:
+            raise ValueError("some layers' DropPath have scale_by_keep=True and some False, expected one: pass scale=")
+        scale = "none" if scaled == {False} else "inverse"
+    for place in places:
+        setattr(place.parent, place.name, nn.Identity().train(place.module.training))
+    return rates, scale
+
+
+def refuse_rates(layers: nn.ModuleList) -> None:
+    """Where a stack has drop rates of its own, those of DropPath and StochasticDepth modules would come on top.
+
+    Raises:
+        ValueError: a layer holds one with a rate above 0.
+    """
+    for place in _places(layers):
+        if place.rate > 0:
+            raise ValueError(
+                f"schedule sets drop rates, and so does {_described(place)} with rate {place.rate}: expected "
+                'schedule="from_layers", or rate 0 there'
+            )
+
+
+def _places(layers: nn.ModuleList) -> list[_Place]:
+    """All DropPath and StochasticDepth modules in the layers: this package's, timm's, torchvision's, transformers'."""
+    found = []
+    for owner, parent in layers.named_modules(remove_duplicate=False):
+        for name, module in parent._modules.items():
+            attribute = None if module is None else _rate_attribute(module)
+            if module is not None and attribute is not None:
+                layer = int((owner or name).partition(".")[0])
+                rate = check_rate(getattr(module, attribute) or 0.0, f"layer {layer}: {attribute}")
+                found.append(_Place(layer, parent, name, module, rate))
+    return found
+
+
+def _rate_attribute(module: nn.Module) -> str | None:
+    """The attribute with the drop rate, known by the name of the class, so that no other library is imported."""
+    for kind in type(module).__mro__:
+        # transformers puts the model's name before it.
+        if kind.__name__.endswith("DropPath") and hasattr(module, "drop_prob"):
+            return "drop_prob"
+        if kind.__name__ == "StochasticDepth" and hasattr(module, "p"):
+            return "p"
+    return None
+
+
+def _rate_of(layer: int, rates: list[float]) -> float:
+    if len(set(rates)) > 1:
+        raise ValueError(f"layer {layer} holds drop rates {rates}, expected one rate: it is dropped as a whole")
+    return rates[0] if rates else 0.0
+
+
+def _described(place: _Place) -> str:
+    mode = getattr(place.module, "mode", None)
+    return f"layer {place.layer}'s {type(place.module).__name__}" + (f" of mode {mode!r}" if mode else "")

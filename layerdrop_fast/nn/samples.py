@@ -1,16 +1,28 @@
-"""The kept samples of whatever a layer is called with."""
+"""The kept samples of whatever a layer is called with, and the way back."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from layerdrop_fast._checks import check_integer
 
 # Argument number (after x) or keyword -> the dimension that counts samples, None where there is none.
 BatchDims = Mapping[int | str, int | None]
+
+
+def check_batch_dims(batch_dims: BatchDims | None) -> dict[int | str, int | None]:
+    """The same, as a dict of its own."""
+    for name, dim in (batch_dims or {}).items():
+        if not isinstance(name, int | str):
+            raise TypeError(f"batch_dims names {name!r}, expected keywords or numbers of arguments after x")
+        if dim is not None:
+            check_integer(dim, f"batch_dims[{name!r}]")
+    return dict(batch_dims or {})
 
 
 class Samples:
@@ -31,9 +43,9 @@ class Samples:
         self.batch_dims = batch_dims
 
     def of_arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for the samples in ``rows``.
+        """The arguments for the samples in ``rows``; None: for all of them, which only checks.
 
         Raises:
             ValueError: a tensor may have samples or not; a dimension of ``batch_dims`` has not B elements.
@@ -41,16 +53,19 @@ class Samples:
         taken = tuple(self._of(value, rows, index) for index, value in enumerate(args))
         return taken, {name: self._of(value, rows, name) for name, value in kwargs.items()}
 
-    def _of(self, value: Any, rows: Tensor, name: int | str) -> Any:
+    def _of(self, value: Any, rows: Tensor | None, name: int | str) -> Any:
         if isinstance(value, Tensor):
             dim = self._dimension(value, name)
-            return value if dim is None else value.index_select(dim, rows)
+            return value if dim is None or rows is None else value.index_select(dim, rows)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self._of(item, rows, name) for item in value))
         if type(value) in (tuple, list):
             return type(value)(self._of(item, rows, name) for item in value)
         if isinstance(value, dict):
-            return {key: self._of(item, rows, name) for key, item in value.items()}
+            taken = copy.copy(value)  # an OrderedDict stays one
+            for key, item in value.items():
+                taken[key] = self._of(item, rows, name)
+            return taken
         return value
 
     def _dimension(self, value: Tensor, name: int | str) -> int | None:
@@ -73,33 +88,25 @@ class Samples:
         return 0
 
 
-def replace_samples(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """x with ``values`` in place of its samples ``rows``; unlike ``index_copy``, holds none of them for backward.
-
-    Shapes:
-        x: [B, ...]; rows: int32 [K]; values: [K, ...], dtype of x -> [B, ...]
-    """
-    return _Replace.apply(x, rows, values)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Replace(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-        return x.index_copy(0, rows.long(), values)
+class PutBack(torch.autograd.Function):
+    """``x' = x``, ``x'[rows[k]] = y[k]`` in x's dtype. torch's ``index_copy`` would save y for backward."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def forward(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return x.index_copy(0, rows.long(), y.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
         (rows,) = ctx.saved_tensors
-        need_x, _, need_values = ctx.needs_input_grad
+        needs_x, needs_y, _ = ctx.needs_input_grad
         grad_x = None
-        if need_x:
+        if needs_x:
             # Not index_fill: Inductor can't compile it for an unknown number of rows.
-            replaced = torch.zeros(grad.shape[0], dtype=torch.bool, device=grad.device)
-            replaced = replaced.index_put((rows.long(),), torch.ones((), dtype=torch.bool, device=grad.device))
-            grad_x = grad.masked_fill(replaced.view(-1, *[1] * (grad.dim() - 1)), 0)
-        return grad_x, None, grad.index_select(0, rows) if need_values else None
+            replaced = torch.zeros(grad_out.shape[0], dtype=torch.bool, device=grad_out.device)
+            replaced = replaced.index_put((rows.long(),), torch.ones((), dtype=torch.bool, device=grad_out.device))
+            grad_x = grad_out.masked_fill(replaced.view(-1, *[1] * (grad_out.dim() - 1)), 0)
+        return grad_x, grad_out.index_select(0, rows) if needs_y else None, None

@@ -14,11 +14,12 @@ from layerdrop_fast import ops
 from layerdrop_fast._checks import check_choice, check_count
 from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.counters import StepCounters
-from layerdrop_fast.nn.drop_path import take_rates
+from layerdrop_fast.nn.drop_path import refuse_rates, take_rates
 from layerdrop_fast.nn.layer_drop_list import every_layer
-from layerdrop_fast.nn.samples import BatchDims, Samples, replace_samples
+from layerdrop_fast.nn.samples import BatchDims, PutBack, Samples, check_batch_dims
 from layerdrop_fast.nn.statistics import StackStats, Statistics
 from layerdrop_fast.nn.turn import Kept, Turn, pieces
+from layerdrop_fast.ops._checks import FLOATING
 from layerdrop_fast.plan import SAMPLINGS, DropPlan, draw_plan
 from layerdrop_fast.schedule import DropSchedule, FloatArray
 
@@ -49,11 +50,14 @@ class LayerDropStack(nn.Module):
         layers: modules called as ``layer(x, *args, **kwargs)`` that return x's successor or a tuple that starts with
             it. They stand in ``.layers``.
         schedule: one drop rate, one a layer, or a DropSchedule. ``"from_layers"`` takes the rates of the DropPath and
-            StochasticDepth modules inside each layer (also timm's and torchvision's) and makes those identities: they
-            act behind their branch and can only mask what was computed.
+            StochasticDepth modules inside each layer (also timm's and torchvision's), which must agree, and makes those
+            identities: they act behind their branch and can only mask what was computed. Where a layer has several,
+            one decision takes the place of theirs. DropPath and mode "row" need granularity ``"sample"``, mode "batch"
+            needs ``"batch"``.
         granularity: ``"batch"``, one decision a layer for the whole batch; ``"sample"``, one a layer and sample.
         sampling: ``"bernoulli"`` or ``"systematic"`` (see ``draw_plan``).
-        scale: the residual scale, see above.
+        scale: the residual scale, see above. None is "none"; with ``"from_layers"`` it is what the modules did, for
+            most "inverse".
         seed: an integer in [0, 2**64); None draws one from torch's generator now.
         accumulation: microbatches (training forwards) a step.
         max_kept: None, or at most so many layers (of all samples) are held for backward. Of a forward that keeps more,
@@ -69,11 +73,15 @@ class LayerDropStack(nn.Module):
             not keep the same. TypeError: a value of another kind.
 
     With ``torch.compile``, compile the layers (``for layer in stack.layers: layer.compile()``), not the stack, whose
-    decisions would be compiled anew for each plan. With DistributedDataParallel(find_unused_parameters=True)
-    or FSDP give all ranks the same ``seed``: at batch granularity they must keep the same layers. Under FSDP and
-    granularity "sample" a layer that no sample keeps is called with none, as other ranks may wait for it. A second
-    backward through one graph (``retain_graph``) with a checkpoint round the stack works until the next training
-    forward.
+    decisions would be compiled anew for each plan. At granularity "sample" that makes a few graphs, whatever is drawn:
+    for all samples, one, none and any other number.
+
+    On several ranks give all the same ``seed``: at batch granularity they must keep the same layers.
+    DistributedDataParallel needs ``find_unused_parameters=True``. Outside of it (FSDP), granularity "sample" calls a
+    layer that no sample keeps with none, as other ranks may wait for it; its gradients are then zeros.
+
+    A second backward through one graph (``retain_graph``) with a checkpoint round the stack works until the next
+    training forward.
 
     Weights saved without counters load, and leave the counters as they are; ``set_step(model, 0)`` starts a loaded
     model's schedule anew.
@@ -92,7 +100,7 @@ class LayerDropStack(nn.Module):
         *,
         granularity: str = "batch",
         sampling: str = "bernoulli",
-        scale: str = "none",
+        scale: str | None = None,
         seed: int | None = None,
         accumulation: int = 1,
         max_kept: int | None = None,
@@ -102,23 +110,26 @@ class LayerDropStack(nn.Module):
         super().__init__()
         self.granularity = check_choice(granularity, "granularity", GRANULARITIES)
         self.sampling = check_choice(sampling, "sampling", SAMPLINGS)
-        self.scale = check_choice(scale, "scale", SCALES)
+        scale = scale if scale is None else check_choice(scale, "scale", SCALES)
         if scale == "realized" and granularity != "sample":
             raise ValueError(
                 'scale is "realized", the number of samples over that of kept ones: expected "sample" as '
                 f"granularity, got {granularity!r}"
             )
         self.max_kept = None if max_kept is None else check_count(max_kept, "max_kept", 1)
-        self.batch_dims = dict(batch_dims or {})
+        self.batch_dims = check_batch_dims(batch_dims)
         self.hidden_states = hidden_states
         counters = StepCounters(seed, accumulation)
         self.layers = nn.ModuleList(every_layer(layers))
         if isinstance(schedule, str):
             check_choice(schedule, "schedule", ("from_layers",))
-            self.schedule = DropSchedule.of(take_rates(self.layers), len(self.layers))
+            schedule, scale = take_rates(self.layers, self.granularity, scale)
         else:
-            self.schedule = DropSchedule.of(schedule, len(self.layers))
+            refuse_rates(self.layers)
+        self.schedule = DropSchedule.of(schedule, len(self.layers))
+        self.scale = scale or "none"
         self.counters = counters
+        self._calls_every_layer = False
         self._proven: set[int] = set()  # layers that are known to leave their input alone
         self.reset_stats()
 
@@ -148,6 +159,11 @@ class LayerDropStack(nn.Module):
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+        if self.training and self.granularity == "sample" and x.dim():
+            # Whatever this plan keeps: an argument that is wrong is wrong at once.
+            Samples(x, self.batch_dims).of_arguments(args, kwargs, None)
         return self._forward(x, x.shape[0] if x.dim() else 0, args, kwargs)
 
     def _forward(self, x: Tensor, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +190,7 @@ class LayerDropStack(nn.Module):
         # torch sets it on the copies that nn.DataParallel makes; what they count is lost with them.
         if getattr(self, "_is_replica", False):
             raise RuntimeError("nn.DataParallel would draw the same plan for ever: use DistributedDataParallel")
-        distributed.check_ranks(self.layers, self.granularity, self.counters.seed_was_drawn)
+        distributed.check_ranks(self.granularity, self.counters.seed_was_drawn)
 
     def _turn(self, x: Tensor, batch: int) -> Turn:
         if not self.training:
@@ -223,8 +239,8 @@ class LayerDropStack(nn.Module):
             else:
                 out, *new = self._run_piece(out, kept, args, kwargs)
             behind.update(zip(self._layers_of(kept), new, strict=self.hidden_states))
-        # Never the caller's own tensor: what is done to the result in place is not done to the input.
-        out = out.clone() if out is x else out
+        # Never the caller's own memory: what is done to the result in place is not done to the input.
+        out = out.clone() if torch._C._is_alias_of(out, x) else out  # type: ignore[attr-defined]
         return out, self._every_state(x, behind) if self.hidden_states else []
 
     def _layers_of(self, kept: Sequence[Kept]) -> list[int]:
@@ -257,11 +273,11 @@ class LayerDropStack(nn.Module):
             args, kwargs = Samples(x, self.batch_dims).of_arguments(args, kwargs, rows)
             part = x.index_select(0, rows)
         # Until a layer has shown that it leaves its input alone, which may be the caller's.
-        before = None if unit.unit in self._proven else part.detach().clone()
-        version = part._version
+        before = part.detach().clone() if rows is None and unit.unit not in self._proven else None
+        version = 0 if part.is_inference() else part._version
         y = layer(part, *args, **kwargs)
-        y = y[0] if isinstance(y, tuple) else y
-        if part._version != version:
+        y = y[0] if isinstance(y, tuple) and y else y
+        if not part.is_inference() and part._version != version:
             if before is not None:
                 part.detach().copy_(before)
             raise RuntimeError(
@@ -273,8 +289,12 @@ class LayerDropStack(nn.Module):
         if rows is None:
             # Not lerp: under autocast the two may differ in dtype.
             return y if unit.scale == 1 else torch.add(x, y - x, alpha=unit.scale)
+        if not torch.can_cast(y.dtype, x.dtype):
+            raise TypeError(f"layer {unit.unit} returned {y.dtype}, which cannot be put back into x of {x.dtype}")
         if unit.scale == 1:
-            return replace_samples(x, rows, y.to(x.dtype))
+            return PutBack.apply(x, y, rows)  # type: ignore[no-any-return, no-untyped-call]
+        if x.dim() < 2 or x.numel() == 0 or x.dtype not in FLOATING:
+            return x.index_add(0, rows, (y - part).to(x.dtype), alpha=unit.scale)
         return ops.scatter_residual(x, y - part, rows, scale=unit.scale)
 
     def _check_result(self, index: int, part: Tensor, y: Any) -> None:
@@ -286,7 +306,10 @@ class LayerDropStack(nn.Module):
     @property
     def calls_every_layer(self) -> bool:
         """Whether layers that no sample keeps are called too, with none: other ranks may wait for them."""
-        return self.granularity == "sample" and distributed.any_sharded(self.layers)
+        # A recompute runs inside backward, where DistributedDataParallel no longer shows: it does as its forward did.
+        if not self.counters.recomputing:
+            self._calls_every_layer = self.granularity == "sample" and distributed.may_be_sharded()
+        return self._calls_every_layer
 
     @property
     def always_rows(self) -> bool:

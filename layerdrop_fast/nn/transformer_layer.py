@@ -13,7 +13,7 @@ from layerdrop_fast._checks import check_choice, check_count, check_rate
 from layerdrop_fast.nn import torch_layers
 from layerdrop_fast.nn.attention import Attend, Attention, KVCache, attention_mask, linear, rotary_tables
 from layerdrop_fast.nn.residual import Step, add, add_and_norm
-from layerdrop_fast.nn.samples import replace_samples
+from layerdrop_fast.nn.samples import PutBack
 from layerdrop_fast.ops._checks import NORMS
 from layerdrop_fast.reference.act_linear import ACTIVATIONS
 from layerdrop_fast.reference.rows import accumulator
@@ -349,7 +349,7 @@ def _affine(h: Tensor, norm: nn.Module | None) -> Tensor:
 
 
 def _put(x: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
-    return values if rows is None else replace_samples(x, rows, values)
+    return values if rows is None else PutBack.apply(x, values, rows)  # type: ignore[no-untyped-call]
 
 
 def _scaled(end: nn.Linear, factors: Tensor | None) -> tuple[Tensor, Tensor | None]:

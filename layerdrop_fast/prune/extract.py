@@ -97,6 +97,7 @@ def _cut(module: nn.Module, keep: list[int]) -> None:
         _cut(module.layers, keep)
         depth = per_layer(module.schedule.depth_rates[keep].tolist())
         module.schedule = DropSchedule(len(keep), depth, module.schedule.time)
+        module._proven.clear()
         module.reset_stats()
     elif isinstance(module, nn.ModuleList):
         for index in reversed(range(len(module))):
