@@ -134,8 +134,13 @@ class Attention(nn.Module):
         weights = self.in_proj_weight.split((width, self.in_proj_weight.shape[0] - width))
         biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split([len(w) for w in weights])
         q = linear(h, weights[0], biases[0], norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        memory = memory if rows is None else memory.index_select(0, rows)
-        kv = F.linear(memory, weights[1], biases[1]).unflatten(-1, (-1, self.head_dim))
+
+        def take(memory: Tensor) -> Tensor:
+            return memory if rows is None else memory.index_select(0, rows)
+
+        # memory itself is held once for all layers.
+        with recomputed_in_backward(take, memory, enabled=rows is not None) as taken:
+            kv = F.linear(taken, weights[1], biases[1]).unflatten(-1, (-1, self.head_dim))
         k, v = kv.transpose(1, 2).chunk(2, dim=1)
         return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)
 

@@ -321,11 +321,11 @@ class LayerDropStack(nn.Module):
         for unit in turn.kept:
             shares[unit.unit] = unit.num_rows / max(batch, 1)
         tokens = x.numel() // x.shape[-1] if x.numel() else 0
-        saved = self._bytes_saved(shares, x)
-        self._statistics.count(shares.reshape(-1, self.units_per_layer).mean(1), batch, tokens, saved)
+        self._statistics.count(shares.reshape(-1, self.units_per_layer).mean(1), batch, tokens, x)
 
-    def _bytes_saved(self, shares: FloatArray, x: Tensor) -> float:
-        return 0.0
+    def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray | None:
+        """What each layer holds for backward, [L]; None: unknown."""
+        return None
 
     def reset_stats(self) -> None:
         """Starts the statistics anew."""
@@ -333,7 +333,7 @@ class LayerDropStack(nn.Module):
 
     def stats(self) -> StackStats:
         """What was dropped so far; recomputes are not counted. Not part of the state dict."""
-        return self._statistics.of(self.layers, knows_bytes=False)
+        return self._statistics.of(self.layers, self._bytes_per_token)
 
     def extra_repr(self) -> str:
         return (

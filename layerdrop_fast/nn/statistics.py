@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from layerdrop_fast.schedule import FloatArray
+
+# Of x's dtype and autocast's, [L].
+BytesPerToken = Callable[[torch.dtype, torch.dtype | None], FloatArray | None]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class StackStats:
     # Forward and backward products with the matrices among the skipped layers' parameters, 6 * elements * tokens, for
     # x [B, ..., D] and matrices that meet each token once; products of activations with each other not counted.
     flops_skipped: float
-    # Activations that the skipped layers would have held for backward; None where the layers are not this package's.
+    # Activations that the skipped layers would have held for backward; None where the layers are not TransformerLayers.
     bytes_saved: float | None
 
 
@@ -33,30 +37,32 @@ class Statistics:
         self.forwards = 0
         self.samples = 0
         self.tokens = 0
-        self.bytes_saved = 0.0
+        self.dtypes: tuple[torch.dtype, torch.dtype | None] = torch.float32, None  # of x, and autocast's
         self.runs = np.zeros(num_layers, dtype=np.int64)
         self.samples_run = np.zeros(num_layers, dtype=np.float64)
         self.tokens_run = np.zeros(num_layers, dtype=np.float64)
 
-    def count(self, shares: FloatArray, samples: int, tokens: int, bytes_saved: float) -> None:
-        """Adds a forward of so many samples and tokens, of which the layers ran the ``shares`` [L]."""
+    def count(self, shares: FloatArray, samples: int, tokens: int, x: Tensor) -> None:
+        """Adds a forward of so many samples and tokens of x, of which the layers ran the ``shares`` [L]."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        self.dtypes = x.dtype, torch.get_autocast_dtype(x.device.type) if autocast else None
         self.forwards += 1
         self.samples += samples
         self.tokens += tokens
-        self.bytes_saved += bytes_saved
         self.runs += shares > 0
         self.samples_run += shares * samples
         self.tokens_run += shares * tokens
 
-    def of(self, layers: Iterable[nn.Module], knows_bytes: bool) -> StackStats:
+    def of(self, layers: Iterable[nn.Module], bytes_per_token: BytesPerToken) -> StackStats:
         """The statistics, with the weights of the layers that ran and that did not."""
         weights = [sum(w.numel() for w in layer.parameters() if w.dim() == 2) for layer in layers]
-        run = int(self.runs.sum())
+        run, skipped = int(self.runs.sum()), self.tokens - self.tokens_run
+        held = bytes_per_token(*self.dtypes)
         return StackStats(
             forwards=self.forwards,
             layers_run=run,
             layers_skipped=self.forwards * len(self.runs) - run,
             realized_rates=1.0 - self.samples_run / max(self.samples, 1),
-            flops_skipped=6.0 * float(np.dot(weights, self.tokens - self.tokens_run)),
-            bytes_saved=self.bytes_saved if knows_bytes else None,
+            flops_skipped=6.0 * float(np.dot(weights, skipped)),
+            bytes_saved=None if held is None else float(np.dot(held, skipped)),
         )

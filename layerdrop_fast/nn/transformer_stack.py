@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerdrop_fast._checks import check_choice
+from layerdrop_fast.memory import branch_bytes
 from layerdrop_fast.nn.attention import Attend, KVCache
 from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
 from layerdrop_fast.nn.packed import Packed
@@ -20,7 +22,7 @@ from layerdrop_fast.nn.steps import steps_of
 from layerdrop_fast.nn.transformer_layer import TransformerLayer, Visit
 from layerdrop_fast.nn.turn import Kept, Turn
 from layerdrop_fast.plan import DropPlan
-from layerdrop_fast.schedule import DropSchedule
+from layerdrop_fast.schedule import DropSchedule, FloatArray
 
 TARGETS = ("layer", "branch")
 
@@ -334,6 +336,14 @@ class TransformerStack(LayerDropStack):
             everyone = torch.arange(batch, dtype=torch.int32, device=plan.device)
             kept = [unit._replace(rows=everyone[: unit.num_rows]) for unit in kept]
         return with_unknown_sizes(kept)
+
+    def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
+        many = 1 << 20  # what does not depend on tokens is not counted
+        found = [
+            sum(branch_bytes(layer, branch, many, x_dtype, autocast) for branch in range(layer.num_branches)) // many
+            for layer in cast(Iterable[TransformerLayer], self.layers)
+        ]
+        return np.array(found, dtype=np.float64)
 
     def _by_layer(self, kept: Sequence[Kept], steps: dict[int, Step]) -> Iterator[tuple[int, list[Step | None]]]:
         """The layers that run, and how each of their branches does."""
