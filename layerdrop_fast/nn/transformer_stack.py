@@ -15,6 +15,7 @@ from layerdrop_fast import ops
 from layerdrop_fast._checks import check_choice
 from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.attention import Attend, KVCache
+from layerdrop_fast.nn.layer_drop_list import every_layer
 from layerdrop_fast.nn.packed import Packed
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
@@ -157,11 +158,14 @@ class TransformerStack(LayerDropStack):
         """A stack of given layers: TransformerLayers, or torch's, whose parameters are shared, not copied.
 
         Args:
-            layers: all of one shape. keywords: schedule, granularity, target, ..., hidden_states.
+            layers: at least one; activations, epsilons, dropouts and feed-forward widths may differ, the rest may not.
+            keywords: schedule, granularity, target, ..., hidden_states.
+
+        Raises:
+            TypeError, ValueError: a layer that cannot be converted, or differs from the first; it is named.
         """
         stack = cls.__new__(cls)
-        made = [x if isinstance(x, TransformerLayer) else TransformerLayer.from_torch(x) for x in layers]
-        stack._set_up(made, **keywords)
+        stack._set_up(_alike(layers), **keywords)
         return stack
 
     @property
@@ -339,6 +343,32 @@ class TransformerStack(LayerDropStack):
                 self._known_sites = (sites + ops.FIRST_DROPOUT_SITE).view(-1, SITES_PER_BRANCH)
         behind, inside = self._known_sites.t()
         return list(zip(behind.unbind(), inside.unbind(), strict=True))
+
+
+def _alike(layers: Iterable[nn.Module]) -> list[TransformerLayer]:
+    """The layers as TransformerLayers, which one set of masks, positions and decisions fits."""
+    made: list[TransformerLayer] = []
+    for index, layer in enumerate(every_layer(layers)):
+        try:
+            made.append(layer if isinstance(layer, TransformerLayer) else TransformerLayer.from_torch(layer))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {index}: {error}") from None
+        got, expected = (_shape(made[i]) for i in (-1, 0))
+        if got != expected:
+            differing = [name for name in expected if got[name] != expected[name]]
+            wanted = ", ".join(f"{name} {expected[name]}" for name in differing)
+            found = ", ".join(f"{name} {got[name]}" for name in differing)
+            raise ValueError(f"layer {index}: got {found}, expected {wanted}, as layer 0 has")
+    if not made:
+        raise ValueError("layers: got none, expected at least one")
+    return made
+
+
+def _shape(layer: TransformerLayer) -> dict[str, Any]:
+    """What a stack asks its first layer only."""
+    heads = {"nhead": layer.self_attn.nhead, "num_kv_heads": layer.self_attn.num_kv_heads}
+    settings = {"norm_first": layer.norm_first, "rope_theta": layer.rope_theta, "branches": layer.num_branches}
+    return {"d_model": layer.d_model} | heads | settings
 
 
 def _is_enclosed(layer: nn.Module) -> bool:
