@@ -130,6 +130,11 @@ def test_a_cache_that_is_too_small_or_used_in_training_is_refused():
         model.eval()(tokens(length=18), cache=cache)
 
 
+def test_an_empty_cache_is_refused():
+    with pytest.raises(ValueError, match="max_len must be at least 1, got 0"):
+        KVCache(0)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
