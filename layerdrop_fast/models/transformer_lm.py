@@ -4,52 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerdrop_fast._checks import check_count, check_rate
-from layerdrop_fast.nn import LayerDropStack
+from layerdrop_fast._checks import check_count, check_integer, check_rate
+from layerdrop_fast.models.generation import Sampler, evaluating
+from layerdrop_fast.nn import KVCache, TransformerStack
 from layerdrop_fast.schedule import DropSchedule
-
-
-class DecoderLayer(nn.Module):
-    """A pre-norm decoder layer, ``x + attention(norm(x))``, then ``x + ffn(norm(x))``, with causal self-attention.
-
-    Shapes:
-        x: [B, S, D] -> [B, S, D]
-    """
-
-    def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.nhead = nhead
-        self.norm1 = nn.LayerNorm(d_model)
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out_proj = nn.Linear(d_model, d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._drop(self._attention(self.norm1(x)))
-        return x + self._drop(self.linear2(self._drop(F.gelu(self.linear1(self.norm2(x))))))
-
-    def _attention(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.nhead, width // self.nhead).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(y.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class TransformerLM(nn.Module):
     """A decoder-only Transformer language model with LayerDrop: the logits of each next token.
 
-    Token and learned position embeddings, ``num_layers`` pre-norm layers in a LayerDropStack (``self.stack``), a final
-    LayerNorm, a linear head. ``prune.extract(model, prune.every_other(num_layers, kept=r))`` cuts it to r layers.
+    Token embeddings, learned position embeddings unless ``rope_theta`` is given, ``num_layers`` causal pre-norm layers
+    in a TransformerStack (``self.stack``), a final norm, a linear head. ``prune.extract(model,
+    prune.every_other(num_layers, kept=r))`` cuts it to r layers.
 
     Shapes:
         tokens: int64 [B, S], S <= max_len -> logits [B, S, vocab_size]
@@ -60,16 +32,25 @@ class TransformerLM(nn.Module):
         nhead: attention heads.
         num_layers: layers.
         dim_feedforward: hidden width of the feed-forward branch.
-        max_len: the longest sequence.
-        dropout: rate of ordinary dropout on embeddings, attention weights and branches, in [0, 1].
-        schedule, scale, sampling, seed, accumulation: LayerDropStack's. ``schedule=0.0`` is the dense model.
+        max_len: the longest sequence; with ``rope_theta`` it may be None, for any length.
+        dropout: rate of ordinary dropout behind the embeddings and behind each branch, in [0, 1].
+        attention_dropout, activation_dropout: of attention weights, and behind the activation.
+        schedule, granularity, target, sampling, scale, seed, accumulation, max_kept: TransformerStack's.
+            ``schedule=0.0`` is the dense model.
+        norm, activation, num_kv_heads, recompute: of each TransformerLayer; ``norm`` is the final norm's too.
+        rope_theta: base of rotary positions; None: learned position embeddings.
 
     Raises:
         ValueError: a number out of range; at the call, a sequence longer than ``max_len``.
         TypeError: a number of another kind.
 
-    Randomness: weights and ordinary dropout come from torch's generator, the layers' decisions from the stack's
-    counters alone.
+    State dict: token_embedding.weight, position_embedding.weight where positions are learned, TransformerStack's under
+    ``stack.``, norm, head.weight.
+
+    Randomness: weights come from torch's generator, as do the dropout behind the embeddings and of attention weights;
+    the layers' decisions and all other masks from the stack's counters alone.
+
+    Source: Radford et al. 2019; Fan, Grave, Joulin 2019.
     """
 
     def __init__(
@@ -80,33 +61,47 @@ class TransformerLM(nn.Module):
         num_layers: int,
         dim_feedforward: int,
         *,
-        max_len: int,
+        max_len: int | None = None,
         dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
         schedule: float | Sequence[float] | DropSchedule = 0.2,
-        scale: str = "none",
+        granularity: str = "batch",
+        target: str = "layer",
         sampling: str = "bernoulli",
+        scale: str = "none",
         seed: int | None = None,
         accumulation: int = 1,
+        max_kept: int | None = None,
+        norm: str = "layernorm",
+        activation: str = "gelu",
+        num_kv_heads: int | None = None,
+        rope_theta: float | None = None,
+        recompute: str | None = None,
     ) -> None:
         super().__init__()
         sizes = {"vocab_size": vocab_size, "d_model": d_model, "nhead": nhead, "num_layers": num_layers}
-        for name, size in (sizes | {"dim_feedforward": dim_feedforward, "max_len": max_len}).items():
+        for name, size in (sizes | {"dim_feedforward": dim_feedforward}).items():
             check_count(size, name, 1)
         if d_model % nhead:
             raise ValueError(f"d_model is {d_model}, expected a multiple of nhead, {nhead}")
+        if max_len is not None:
+            check_count(max_len, "max_len", 1)
+        elif rope_theta is None:
+            raise ValueError("max_len is None without rope_theta, expected how many positions are learned")
         self.max_len = max_len
         self.dropout = check_rate(dropout, "dropout")
         self.token_embedding = nn.Embedding(vocab_size, d_model)
-        self.position_embedding = nn.Embedding(max_len, d_model)
-        self.stack = LayerDropStack(
-            [DecoderLayer(d_model, nhead, dim_feedforward, self.dropout) for _ in range(num_layers)],
-            schedule,
-            scale=scale,
-            sampling=sampling,
-            seed=seed,
-            accumulation=accumulation,
+        learned = max_len is not None and rope_theta is None
+        self.position_embedding = nn.Embedding(max_len, d_model) if learned else None  # type: ignore[arg-type]
+        layer: dict[str, Any] = {"activation": activation, "norm": norm, "attention_dropout": attention_dropout}
+        layer |= {"activation_dropout": activation_dropout, "num_kv_heads": num_kv_heads, "rope_theta": rope_theta}
+        drop: dict[str, Any] = {"schedule": schedule, "granularity": granularity, "target": target, "scale": scale}
+        drop |= {"sampling": sampling, "seed": seed, "accumulation": accumulation, "max_kept": max_kept}
+        self.stack = TransformerStack(
+            num_layers, d_model, nhead, dim_feedforward, self.dropout, recompute=recompute, **layer, **drop
         )
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = nn.RMSNorm(d_model, 1e-5) if norm == "rmsnorm" else nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.reset_parameters()
 
@@ -129,13 +124,93 @@ class TransformerLM(nn.Module):
             else:
                 nn.init.zeros_(weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        length = tokens.shape[-1]
-        if tokens.dim() != 2 or length > self.max_len:
-            raise ValueError(f"tokens have shape {list(tokens.shape)}, expected [B, S] with S <= {self.max_len}")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:length]
+    def forward(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """The logits of each next token.
+
+        Args:
+            cache: evaluation only: tokens continue those that the cache has read; they are read into it too.
+        """
+        return self.head(self.norm(self._stream(tokens, cache)))  # type: ignore[no-any-return]
+
+    def _stream(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """The residual stream behind the last layer."""
+        past = 0 if cache is None else cache.length
+        length = tokens.shape[-1] if tokens.dim() else 0
+        if tokens.dim() != 2 or (self.max_len is not None and past + length > self.max_len):
+            expected = "[B, S]" if self.max_len is None else f"[B, S] with S <= {self.max_len - past}"
+            behind = f" behind {past} in the cache" if past else ""
+            raise ValueError(f"tokens have shape {list(tokens.shape)}{behind}, expected {expected}")
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[past : past + length]
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.head(self.norm(self.stack(x)))  # type: ignore[no-any-return]
+        return self.stack(x, is_causal=True, cache=cache)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continues each sample, token by token, in evaluation mode; afterwards every module is in the mode it was in.
+
+        Shapes:
+            tokens: int64 [B, S], S >= 1 -> int64 [B, S + N], the same tokens and the new ones
+
+        Args:
+            max_new_tokens: N, at least 0; less where every sample has ended.
+            temperature: divides the logits, at least 0; 0 takes the likeliest token.
+            top_k: draw from the k likeliest tokens only.
+            top_p: draw from the likeliest tokens that together have probability p only, in (0, 1].
+            eos: the token that ends a sample, which is then filled up with it.
+            generator: draws, torch's own if None.
+            use_cache: keep keys and values, so that a token costs one position and not all; the tokens are the same
+                up to rounding.
+
+        Raises:
+            ValueError: a number out of range; more than ``max_len`` tokens in the end. TypeError: one of another kind.
+
+        Randomness: one ``torch.multinomial`` a token from ``generator``, none at temperature 0. The stack's counters
+        stay as they are.
+        """
+        choose = Sampler(temperature, top_k, top_p, generator)
+        total = self._check_prompt(tokens, max_new_tokens, eos)
+        cache = KVCache(total) if use_cache else None
+        unread, ended = tokens, torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        with evaluating(self):
+            for _ in range(max_new_tokens):
+                last = self._stream(unread, cache)[:, -1]
+                new = choose(self.head(self.norm(last)))
+                if eos is not None:
+                    new = new.masked_fill(ended, eos)
+                    ended = ended | (new == eos)
+                tokens = torch.cat((tokens, new[:, None]), dim=1)
+                unread = tokens if cache is None else new[:, None]
+                if eos is not None and ended.all():
+                    break
+        return tokens
+
+    def _check_prompt(self, tokens: Tensor, max_new_tokens: int, eos: int | None) -> int:
+        """How many tokens a sample has in the end."""
+        if tokens.dim() != 2 or not tokens.shape[1]:
+            raise ValueError(f"tokens have shape {list(tokens.shape)}, expected [B, S] with S >= 1")
+        total = tokens.shape[1] + check_count(max_new_tokens, "max_new_tokens", 0)
+        if self.max_len is not None and total > self.max_len:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens and max_new_tokens {max_new_tokens} are {total}, expected at most max_len, "
+                f"{self.max_len}"
+            )
+        vocab_size = self.token_embedding.num_embeddings
+        if eos is not None and not 0 <= check_integer(eos, "eos") < vocab_size:
+            raise ValueError(f"eos is {eos}, expected a token from 0 to {vocab_size - 1}")
+        return total
 
     def extra_repr(self) -> str:
         return f"max_len={self.max_len}, dropout={self.dropout}"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.recompute import recomputed_in_backward
 from layerdrop_fast.ops import norm_linear
 
@@ -50,10 +51,13 @@ class KVCache:
 
     Args:
         max_len: the most positions, at least 1.
+
+    Raises:
+        ValueError, TypeError: max_len is not that; when read into, more positions or another number of samples.
     """
 
     def __init__(self, max_len: int) -> None:
-        self.max_len = max_len
+        self.max_len = check_count(max_len, "max_len", 1)
         self.length = 0  # positions that all layers have read
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -26,8 +26,13 @@ def from_torch(cls: type[TransformerLayer], layer: nn.Module) -> TransformerLaye
     norms = [getattr(layer, f"norm{number}") for number in range(1, branches + 1)]
     if any(type(norm) is not nn.LayerNorm for norm in norms):
         raise ValueError(f"got the norms {[type(norm).__name__ for norm in norms]}, expected LayerNorm alone")
-    rates = _only("dropout behind the branches", [getattr(layer, f"dropout{n}").p for n in range(1, branches + 1)])
+    rates = _only("dropout behind the branches", [_rate(layer, f"dropout{n}") for n in range(1, branches + 1)])
     attentions = [attention, layer.multihead_attn] if isinstance(layer, nn.TransformerDecoderLayer) else [attention]
+    for part in attentions:
+        got = {"batch_first": part.batch_first, "add_zero_attn": part.add_zero_attn}
+        expected = {"batch_first": True, "add_zero_attn": False}
+        if got != expected:
+            raise ValueError(f"attention: got {got}, expected {expected}")
     with torch.device("meta"):
         made = cls(
             attention.embed_dim,
@@ -39,7 +44,7 @@ def from_torch(cls: type[TransformerLayer], layer: nn.Module) -> TransformerLaye
             layer.norm_first,
             attention.in_proj_bias is not None,
             attention_dropout=_only("dropout of attention weights", [part.dropout for part in attentions]),
-            activation_dropout=layer.dropout.p,
+            activation_dropout=_rate(layer, "dropout"),
             cross_attention=cross,
         )
     for number, norm in enumerate(norms, 1):
@@ -95,11 +100,19 @@ def share(to: nn.Module, source: nn.Module) -> None:
     parameters = dict(source.named_parameters())
     for name, own in list(to.named_parameters()):
         owner, _, last = name.rpartition(".")
-        if own.shape != parameters[name].shape:
-            raise ValueError(f"{name}: got {list(parameters[name].shape)}, expected {list(own.shape)}")
+        if name not in parameters or own.shape != parameters[name].shape:
+            got = list(parameters[name].shape) if name in parameters else "none"
+            raise ValueError(f"{name}: got {got}, expected {list(own.shape)}")
         setattr(to.get_submodule(owner), last, parameters.pop(name))
     if parameters:
         raise ValueError(f"got the parameters {sorted(parameters)} too, which have no counterpart")
+
+
+def _rate(layer: nn.Module, name: str) -> float:
+    dropout = getattr(layer, name)
+    if type(dropout) is not nn.Dropout:
+        raise ValueError(f"{name}: got a {type(dropout).__name__}, expected an nn.Dropout")
+    return dropout.p
 
 
 def _only(what: str, rates: list[float]) -> float:

@@ -320,7 +320,8 @@ class TransformerLayer(nn.Module):
         The parameters are shared, not copied, so that an optimizer of theirs goes on; ``copy.deepcopy`` makes others.
 
         Raises:
-            TypeError: a module of another class. ValueError: one whose activation or dropouts have no counterpart.
+            TypeError: a module of another class. ValueError: one that takes [S, B, D] (``batch_first=False``), or whose
+            activation, norms, dropouts or attention have no counterpart.
         """
         return torch_layers.from_torch(cls, layer)
 

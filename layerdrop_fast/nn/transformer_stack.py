@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerdrop_fast._checks import check_choice
+from layerdrop_fast._checks import check_choice, check_count
 from layerdrop_fast.memory import branch_bytes
+from layerdrop_fast.nn.alike import alike
 from layerdrop_fast.nn.attention import Attend, KVCache
 from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
 from layerdrop_fast.nn.packed import Packed
@@ -99,6 +100,7 @@ class TransformerStack(LayerDropStack):
         dtype: torch.dtype | None = None,
         **keywords: Any,
     ) -> None:
+        check_count(num_layers, "num_layers", 1)
         layers = [
             TransformerLayer(
                 d_model,
@@ -159,11 +161,14 @@ class TransformerStack(LayerDropStack):
         """A stack of given layers: TransformerLayers, or torch's, whose parameters are shared, not copied.
 
         Args:
-            layers: all of one shape. keywords: schedule, granularity, target, ..., hidden_states.
+            layers: at least one; activations, epsilons, dropouts and feed-forward widths may differ, the rest may not.
+            keywords: schedule, granularity, target, ..., hidden_states.
+
+        Raises:
+            TypeError, ValueError: a layer that cannot be converted, or differs from the first; it is named.
         """
         stack = cls.__new__(cls)
-        made = [x if isinstance(x, TransformerLayer) else TransformerLayer.from_torch(x) for x in layers]
-        stack._set_up(made, **keywords)
+        stack._set_up(alike(layers), **keywords)
         return stack
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerdrop_fast.recipes.files import RecipeError, read_bytes, write_atomically
 
@@ -51,6 +51,28 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest != _digest(tensors, text):
         raise _damaged(path)
     return tensors, record
+
+
+def load_weights(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives ``model`` the tensors that a checkpoint holds for it.
+
+    Raises:
+        RecipeError: they are those of another model, for instance of an earlier version's.
+    """
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    got = {name: tensor.shape for name, tensor in tensors.items()}
+    if got != expected:
+        names = sorted(name for name in {*got, *expected} if got.get(name) != expected.get(name))
+        first = f"{names[0]}: got {_shape(got, names[0])}, expected {_shape(expected, names[0])}"
+        raise RecipeError(
+            f"{path} holds other weights than this version's model ({first}; {len(names)} differ): move it away to "
+            "train again, choose another folder with --out, or give --restart to begin anew"
+        )
+    model.load_state_dict(tensors)
+
+
+def _shape(shapes: dict[str, torch.Size], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "none"
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

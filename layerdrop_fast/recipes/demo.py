@@ -23,7 +23,7 @@ import torch
 
 from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.recipes import report
-from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
+from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, load_weights, save_checkpoint
 from layerdrop_fast.recipes.evaluation import depth_curve
 from layerdrop_fast.recipes.files import RecipeError, locked, read_bytes, write_atomically
 from layerdrop_fast.recipes.price import RULES, PriceRow, format_price, measure_price, price_tasks
@@ -160,7 +160,7 @@ class _Demo:
             tensors, record = load_checkpoint(path)
             check_same_settings(path, record.get("settings"), training.settings() | environment)
             model = training.model().to(self.device)
-            model.load_state_dict(tensors)
+            load_weights(path, model, tensors)
             _remove(unfinished)
             return model, record["result"]
         with stage(f"train {report.TITLES[name]}", training.steps) as show:

@@ -1,4 +1,4 @@
-"""What one training step costs: dense, masked, skipped as fairseq does, by our stack, on our ops, and at the limit.
+"""What one training step costs: dense, masked, skipped as fairseq does, by our two stacks, and at the limit.
 
     rows = measure_price(p=0.5)
     print(format_price(rows))
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from layerdrop_fast._checks import check_count, check_rate
 from layerdrop_fast.memory import saved_bytes
-from layerdrop_fast.nn import LayerDropStack, set_step
-from layerdrop_fast.recipes.fused import FusedEncoder
+from layerdrop_fast.nn import LayerDropStack, TransformerLayer, TransformerStack, set_step
 from layerdrop_fast.recipes.peers import Masked, Skip
 
 RULES = {
@@ -30,8 +29,8 @@ RULES = {
     "masked": "timm's DropPath, torchvision's StochasticDepth: all runs, each branch is multiplied by a mask",
     "skip": "fairseq's LayerDropModuleList: a comparison a layer, inside the loop",
     "stack": "LayerDropStack over the same layers: one plan a step",
-    "ours": "the same plan on the fused ops: one pass a branch; neither the stream, masks nor GELU outputs are saved",
-    "limit": "a dense stack of only as many layers as the others keep, on the fused ops",
+    "ours": "TransformerStack, the same plan: one pass a branch; neither the stream, masks nor GELU outputs are saved",
+    "limit": "a dense TransformerStack of only the layers that the others keep",
 }
 
 # Largest relative error, in the Euclidean norm, between two rules that compute the same in float32. The rounding of
@@ -164,7 +163,7 @@ class _Contest:
         self.masked = [self._with_masks(layer) for layer in layers]
         self.skip = Skip(p, layers)
         self.stack = LayerDropStack(layers, p, sampling="systematic", seed=seed)
-        self.ours = FusedEncoder(layers, p, sampling="systematic", seed=seed)
+        self.ours = TransformerStack.from_layers(layers, schedule=p, sampling="systematic", seed=seed)
         self.parameters = dict(nn.ModuleList(layers).named_parameters())
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-4, fused=True)
         self.run: dict[str, Callable[[Tensor], Tensor]] = {
@@ -195,9 +194,8 @@ class _Contest:
         self.skip.keep(kept)
         for index, mask in enumerate(self.masks):
             mask.outcome = index // 2 in kept
-        # Rates of 0 and 1 leave the plan no choice.
-        rates = [float(index >= len(kept)) for index in range(len(self.layers))]
-        self.run["limit"] = FusedEncoder(self.layers, rates, seed=0)
+        left = [self.ours.layers[index] for index in kept]
+        self.run["limit"] = TransformerStack.from_layers(left, schedule=0.0, seed=0) if left else torch.clone
 
     def loss(self, rule: str) -> Tensor:
         return nn.functional.mse_loss(self.run[rule](self.x), self.target)
@@ -275,8 +273,12 @@ def _gate(contest: _Contest) -> None:
     contest.x = x.detach()[:2, :16].clone().requires_grad_()
     contest.target = target[:2, :16]
     dropouts = [m for m in nn.ModuleList([*contest.layers, *contest.masked]).modules() if isinstance(m, nn.Dropout)]
+    fused = [layer for layer in contest.ours.layers if isinstance(layer, TransformerLayer)]
+    rates = [layer.dropout for layer in fused]
     for dropout in dropouts:
         dropout.eval()
+    for layer in fused:
+        layer.dropout = 0.0
     contest.prepare(0)
     skip, masked = contest.gradients("skip"), contest.gradients("masked")
     for rule in ("stack", "ours"):
@@ -288,6 +290,8 @@ def _gate(contest: _Contest) -> None:
     _agree("masked", masked, "skip", {name: zeros[name] if value is None else value for name, value in scaled.items()})
     for dropout in dropouts:
         dropout.train()
+    for layer, rate in zip(fused, rates, strict=True):
+        layer.dropout = rate
     contest.x, contest.target = x, target
 
 
@@ -315,7 +319,8 @@ def _branches_scaled(layers: Iterable[nn.TransformerEncoderLayer], factor: float
 
 def _decision_seconds(contest: _Contest) -> dict[str, float]:
     """The median time that each rule takes to draw the decisions of one step, and nothing else."""
-    stack, ours = LayerDropStack(contest.layers, contest.p, seed=0), FusedEncoder(contest.layers, contest.p, seed=0)
+    stack = LayerDropStack(contest.layers, contest.p, seed=0)
+    ours = TransformerStack.from_layers(contest.ours.layers, schedule=contest.p, seed=0)
     branch = contest.x.detach()
     contest.skip.keep(None)
     for mask in contest.masks:
@@ -324,7 +329,7 @@ def _decision_seconds(contest: _Contest) -> dict[str, float]:
         "masked": lambda turn: [mask.mask(branch) for mask in contest.masks],
         "skip": lambda turn: list(contest.skip),
         "stack": lambda turn: stack.plan(turn).layers,
-        "ours": lambda turn: ours.stack.plan(turn).layers,
+        "ours": lambda turn: ours.plan(turn).layers,
     }
     seconds: dict[str, list[float]] = {name: [] for name in draws}
     for turn in range(DRAWS):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerdrop_fast.models import TransformerLM
-from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
+from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, load_weights, save_checkpoint
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.text import Bytes, batch_of_step
 from layerdrop_fast.schedule import Depth, DropSchedule, constant, decreasing, uniform
@@ -164,10 +164,10 @@ class _State:
         for name in [name for name in tensors if name.startswith("optimizer.")]:
             _, index, kind = name.split(".")
             moments.setdefault(int(index), {})[kind] = tensors.pop(name)
+        self.bits, self.kept = tensors.pop("bits"), tensors.pop("kept")
+        load_weights(path, self.model, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.bits, self.kept = tensors.pop("bits"), tensors.pop("kept")
-        self.model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
         self.step, self.seconds = record["step"], record["seconds"]
 
     def train_step(self, text: Bytes) -> None:

@@ -1,4 +1,4 @@
-"""TransformerLM: an interface that later insides must keep."""
+"""TransformerLM: shapes, drops, cuts, and the options that go to its stack."""
 
 import pytest
 import torch
@@ -40,6 +40,41 @@ def test_positions_matter():
     assert (logits[0, 0] - logits[0, 5]).abs().max() > 1e-3
 
 
+def test_with_rotary_positions_none_are_learned():
+    model = lm(rope_theta=100.0, max_len=None, nhead=1).eval()
+    assert not any("position" in name for name in model.state_dict())
+    batch = tokens(1, 40)
+    logits = model(batch)
+    swapped = model(batch[:, [1, 0, *range(2, 40)]])
+    assert (logits[0, 5:] - swapped[0, 5:]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"\[1, 40\], expected \[B, S\] with S <= 12"):
+        lm(rope_theta=100.0)(batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "sample", "target": "branch", "scale": "inverse", "max_kept": 1},
+        {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 1, "rope_theta": 10.0, "recompute": "qkv"},
+        {"dropout": 0.2, "activation_dropout": 0.3, "attention_dropout": 0.4},
+    ],
+)
+def test_options_reach_the_stack(options):
+    model = lm(**options)
+    layer = model.stack.layers[0]
+    layer.attention_dropout, layer.num_kv_heads = layer.self_attn.dropout, layer.self_attn.num_kv_heads
+    for name, value in options.items():
+        assert getattr(model.stack if hasattr(model.stack, name) else layer, name) == value
+    assert type(model.norm) is type(layer.norm1)
+    model(tokens()).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_dropout_alone_is_behind_embeddings_and_branches():
+    layer = lm(dropout=0.3).stack.layers[0]
+    assert (layer.dropout, layer.activation_dropout, layer.self_attn.dropout) == (0.3, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("num_layers", [1, 16, 40])
 def test_the_first_loss_is_near_that_of_guessing(num_layers):
     model = lm(num_layers=num_layers, d_model=32, nhead=4, dim_feedforward=64)
@@ -73,7 +108,7 @@ def test_a_cut_model_is_the_model_of_the_kept_layers(kept):
     assert len(small.stack.layers) == kept
     x = model.token_embedding(tokens()) + model.position_embedding.weight[:9]
     for index in keep:
-        x = model.stack.layers[index](x)
+        x = model.stack.layers[index](x, is_causal=True)
     torch.testing.assert_close(small(tokens()), model.head(model.norm(x)), rtol=0, atol=0)
 
 
@@ -111,6 +146,7 @@ def test_gradients_agree_with_finite_differences():
         ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
         ({"schedule": -0.1}, "drop rate"),
         ({"scale": "half"}, "scale is 'half'"),
+        ({"max_len": None}, "max_len is None without rope_theta, expected how many positions are learned"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):

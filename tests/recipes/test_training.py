@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layerdrop_fast.recipes import training as module
+from layerdrop_fast.recipes.checkpoint import load_checkpoint, save_checkpoint
 from layerdrop_fast.recipes.evaluation import bits_per_byte, depth_curve
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.text import validation_windows
@@ -90,6 +91,18 @@ def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path):
         train(short(), TEXT, checkpoint=path, environment={"text": "dog"})
     with pytest.raises(RecipeError, match="depth = "):
         train(short(Recipe(linear(0.5), scale="inverse")), TEXT, checkpoint=path, environment={"text": "fox"})
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
+    path = tmp_path / "x.safetensors"
+    train(short(), TEXT, checkpoint=path)
+    tensors, record = load_checkpoint(path)
+    tensors["model.stack.layers.0.qkv.weight"] = tensors.pop("model.stack.layers.0.self_attn.in_proj_weight")
+    save_checkpoint(path, tensors, record)
+    before = path.read_bytes()
+    with pytest.raises(RecipeError, match=r"qkv.weight: got \[48, 16\], expected none; 2 differ\): move it away"):
+        train(short(), TEXT, checkpoint=path)
     assert path.read_bytes() == before
 
 
