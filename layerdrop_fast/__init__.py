@@ -1,6 +1,7 @@
 """LayerDrop and stochastic depth for deep transformers, at the price of the layers that are kept."""
 
 from layerdrop_fast import memory, models, ops, prune
+from layerdrop_fast.graphs import GraphedStep
 from layerdrop_fast.nn import (
     KVCache,
     LayerDropModuleList,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DropPlan",
     "DropSchedule",
+    "GraphedStep",
     "KVCache",
     "LayerDropModuleList",
     "LayerDropStack",

@@ -32,11 +32,15 @@ class Attend(NamedTuple):
             return self._replace(lengths=[self.lengths[sample] for sample in samples], rotary=rotary)
         rotary = self.rotary
         if rotary is not None and rotary[0].shape[0] > 1:
-            rotary = rotary[0].index_select(0, rows), rotary[1].index_select(0, rows)
+            rotary = self.read(rotary[0], rows), self.read(rotary[1], rows)
         mask = self.mask
         if mask is not None and mask.shape[0] > 1:
-            mask = mask.index_select(0, rows)
+            mask = self.read(mask, rows)
         return self._replace(mask=mask, rotary=rotary)
+
+    def read(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Those samples of a tensor that all layers share."""
+        return x.index_select(0, rows)
 
 
 class KVCache:
@@ -134,7 +138,7 @@ class Attention(nn.Module):
         weights = self.in_proj_weight.split((width, self.in_proj_weight.shape[0] - width))
         biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split([len(w) for w in weights])
         q = linear(h, weights[0], biases[0], norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        memory = memory if rows is None else memory.index_select(0, rows)
+        memory = memory if rows is None else attend.read(memory, rows)
         kv = F.linear(memory, weights[1], biases[1]).unflatten(-1, (-1, self.head_dim))
         k, v = kv.transpose(1, 2).chunk(2, dim=1)
         return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)

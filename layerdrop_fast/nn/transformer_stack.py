@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -73,6 +73,9 @@ class TransformerStack(LayerDropStack):
 
     Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
     """
+
+    # What runs instead of a forward, given (x, B, inputs), while a GraphedStep is under way.
+    _replaced: Callable[[Tensor, int, Inputs], Tensor] | None = None
 
     def __init__(
         self,
@@ -225,6 +228,11 @@ class TransformerStack(LayerDropStack):
         if cache is not None:
             cache.length += x.shape[1]
         return out
+
+    def _forward(self, x: Tensor, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._replaced is not None:
+            return self._replaced(x, batch, kwargs["inputs"])
+        return super()._forward(x, batch, args, kwargs)
 
     def _packed(
         self, x: Tensor, packed: Packed, is_causal: bool, position_ids: Tensor | None, excluded: dict[str, Any]
