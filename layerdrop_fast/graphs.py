@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.fixed import FixedForward, Room, Slots
 from layerdrop_fast.nn.graphable import check_optimizer, graphable_stack, units_of
 from layerdrop_fast.nn.transformer_stack import Inputs
 from layerdrop_fast.nn.turn import Kept, Turn
 from layerdrop_fast.plan import to_device
 from layerdrop_fast.reference.rows import accumulator
+from layerdrop_fast.schedule import FloatArray
 
 WARM_UPS = 3  # before a capture, so that kernels are loaded, and libraries have their workspaces
 
@@ -65,6 +67,8 @@ class GraphedStep:
             called for each unit of the plan, and once for the parameters outside the layers.
         example_inputs: tensors whose shapes, dtypes and values (for warm-up) the graph is captured with.
         clip_norm: None, or the norm to which ``clip_grad_norm_`` clips all gradients together.
+        ahead: a captured graph also has room for what the schedule keeps so many steps later: for schedules that keep
+            more as time goes on, which capture anew where the room ends.
 
     Raises:
         ValueError: a setting that cannot be captured; inputs of other shapes. TypeError: inputs that are no tensors.
@@ -87,9 +91,11 @@ class GraphedStep:
         optimizer_of: Callable[[list[nn.Parameter]], Optimizer],
         *example_inputs: Tensor,
         clip_norm: float | None = None,
+        ahead: int = 0,
     ) -> None:
         self._stack = graphable_stack(model)
         self._model, self._loss, self._clip_norm = model, loss, clip_norm
+        self._ahead = check_count(ahead, "ahead", 0)
         self._device = next(self._stack.layers.parameters()).device
         check_tensors(example_inputs)
         self._inputs = [given.detach().to(self._device, copy=True) for given in example_inputs]
@@ -97,7 +103,7 @@ class GraphedStep:
         self._counters = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._hold = torch.zeros((), device=self._device)  # 1: no optimizer moves anything
         self._at: tuple[int, int] | None = None  # the seed and step in ``_counters``
-        self._host_rates: Any = None
+        self._host_rates: FloatArray | None = None
         self._seen = self._look()
         units = len(self._stack.layers) * self._stack.units_per_layer
         self._rates = torch.zeros(units, dtype=torch.float64, device=self._device)
@@ -126,9 +132,9 @@ class GraphedStep:
         self._check(inputs)
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
-        room = self._forward.room.and_for(self._need())
-        if room != self._forward.room or not self._ready:
-            self._capture(room)
+        need = self._need()
+        if not self._ready or self._forward.room.and_for(need) != self._forward.room:
+            self._capture(self._forward.room.and_for(need))
         self._bring_counters()
         self._at = None  # not known if the step fails
         if self._graph is None:
@@ -164,17 +170,22 @@ class GraphedStep:
             for group in optimizer.param_groups
         ]
 
+    def _rates_at(self, step: int) -> FloatArray:
+        return np.repeat(self._stack.schedule(step), self._stack.units_per_layer)
+
+    def _room_at(self, rates: FloatArray) -> Room:
+        return Room.at(rates, None if self._stack.granularity == "batch" else self._seen.shape[0])
+
     def _need(self) -> Room:
         """The room that the next step needs; its rates are on the device."""
-        stack = self._stack
-        rates = np.repeat(stack.schedule(stack.counters.step), stack.units_per_layer)
+        rates = self._rates_at(self._stack.counters.step)
         if self._host_rates is None or not np.array_equal(rates, self._host_rates):
             self._host_rates = rates
             self._rates.copy_(to_device(rates, self._device))
             density = np.where(rates < 1, 1.0 - rates, 1.0)
             dtype = np.float64 if self._scales.dtype == torch.float64 else np.float32
             self._scales.copy_(to_device((1.0 / density).astype(dtype), self._device))
-            self._room = Room.at(rates, None if stack.granularity == "batch" else self._seen.shape[0])
+            self._room = self._room_at(rates)
         return self._room
 
     def _bring_counters(self) -> None:
@@ -233,6 +244,8 @@ class GraphedStep:
 
     def _capture(self, room: Room) -> None:
         self._ready, self._graph = False, None
+        if self._ahead:
+            room = room.and_for(self._room_at(self._rates_at(self._stack.counters.step + self._ahead)))
         self._forward = FixedForward(self._stack, self._counters, self._rates, self._scales, room, self._slots)
         for optimizer in self.optimizers:
             make_states(optimizer)
