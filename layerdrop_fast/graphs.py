@@ -247,31 +247,32 @@ class GraphedStep:
         if self._ahead:
             room = room.and_for(self._room_at(self._rates_at(self._stack.counters.step + self._ahead)))
         self._forward = FixedForward(self._stack, self._counters, self._rates, self._scales, room, self._slots)
-        for optimizer in self.optimizers:
-            make_states(optimizer)
         self._bring_counters()
+        with self._nothing_moves():
+            for optimizer in self.optimizers:
+                make_states(optimizer)
+            self._warm_up()
         if self._device.type == "cuda":
-            self._capture_on_gpu()
-        else:
-            with self._nothing_moves():
-                self._step()
+            with torch.cuda.device(self._device):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self._step()
+            self._graph = graph
         self._captured_places, self._captured_constants = self._places(), self._constants()
         self.captures += 1
         self._ready = True
 
-    def _capture_on_gpu(self) -> None:
+    def _warm_up(self) -> None:
+        if self._device.type != "cuda":
+            self._step()
+            return
         with torch.cuda.device(self._device):
             side = torch.cuda.Stream()
-            with self._nothing_moves():
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(WARM_UPS):
-                        self._step()
-                torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            self._graph = graph
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
 
     def _step(self) -> None:
         """Forward, backward and optimizers: what is captured."""

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from layerdrop_fast import (
     set_step,
     uniform,
 )
+from layerdrop_fast.nn.fixed import Spare
 from layerdrop_fast.ops import _checks
 from tests.graphed import (
     BATCH,
@@ -109,6 +112,12 @@ def test_spare_rows_read_nothing(boolean):
     step = GraphedStep(model, loss, adamw, x, memory, bias)
     torch.testing.assert_close(step(x, memory, bias), eager(x, memory, bias))
     assert_same(step, model, eager, **CLOSE)
+
+
+def test_spare_rows_attend_to_all():
+    mask = torch.zeros(3, 1, 1, 4, dtype=torch.bool)
+    chosen = Spare(mask).of(torch.tensor([1, -1], dtype=torch.int32)).mask
+    assert chosen.squeeze().tolist() == [[False] * 4, [True] * 4]
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
@@ -375,6 +384,14 @@ def test_parameters_that_were_moved_are_refused():
     model.to(torch.float32)
     with pytest.raises(RuntimeError, match="parameters are elsewhere than at capture"):
         step(*batch(0))
+
+
+def test_the_example_of_the_page():
+    page = (Path(__file__).parents[1] / "docs" / "graphs.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
+    exec(compile(example, "graphs.md", "exec"), names)
+    assert names["stack"].counters.forwards == 3
 
 
 def test_slots_cost_a_copy_of_the_kept_weights():

@@ -148,18 +148,20 @@ class FixedForward:
         if self.stack.scale == "inverse":
             return self.scales.unbind()
         if self.stack.scale == "realized":
-            return (batch / self.kept.clamp(min=1).double()).to(accumulator(x.dtype)).unbind()
+            # Not ``batch / kept``, which torch computes as a product with 1 / kept, in other bits than the host's.
+            kept = self.kept.clamp(min=1).double()
+            return (torch.full_like(kept, batch) / kept).to(accumulator(x.dtype)).unbind()
         return [None] * len(self.rates)
 
     def _by_slot(self, x: Tensor, batch: int, slots: Slots) -> list[Call]:
         stack, device = self.stack, x.device
         (certain,), (most,) = self.room
-        # The kept layers, ascending, then the others.
+        # The kept layers, ascending, then dropped ones: an unused slot leaves zeros in the gradient of one of those.
         order = torch.argsort((~self.keep.view(-1)).to(torch.int32), stable=True)[:most]
         used = torch.arange(most, device=device) < self.keep.sum()
-        layers = slots.layers(order, used)
+        layers = slots.layers(order)
         samples = torch.arange(batch, dtype=torch.int32, device=device)
-        rows = torch.where(used[:, None], samples, -1)
+        rows = samples.masked_fill(~used[:, None], -1)
         scales: Sequence[Tensor | None] = [None] * most
         if stack.scale == "inverse":
             scales = self.scales.index_select(0, order).unbind()
@@ -195,7 +197,7 @@ class Slots:
     def __init__(self, stack: TransformerStack) -> None:
         self.stack = stack
         self.stacked: list[Tensor] = []
-        self.gradients: list[Tensor | None] = []  # [L + 1, ...], the last for unused slots
+        self.gradients: list[Tensor | None] = []  # [L, ...]; None: not trained
         per_layer = zip(*(layer.parameters() for layer in stack.layers), strict=True)
         with torch.no_grad():
             for weights in per_layer:
@@ -203,8 +205,7 @@ class Slots:
                 for weight, view in zip(weights, together.unbind(), strict=True):
                     weight.data = view
                 self.stacked.append(together)
-                shape = (len(weights) + 1, *together.shape[1:])
-                self.gradients.append(together.new_zeros(shape) if weights[0].requires_grad else None)
+                self.gradients.append(torch.zeros_like(together) if weights[0].requires_grad else None)
         # Makes autograd ask the slots for gradients.
         self.anchor = torch.zeros((), device=self.stacked[0].device, requires_grad=True)
         self._shells: list[_Shell] = []
@@ -219,19 +220,18 @@ class Slots:
             if gradient is not None:
                 gradient.zero_()
 
-    def layers(self, order: Tensor, used: Tensor) -> list[TransformerLayer]:
+    def layers(self, order: Tensor) -> list[TransformerLayer]:
         """A layer for each slot, with the weights of layer ``order[slot]``.
 
         Shapes:
-            order: int64 [slots]; used: bool [slots], whether gradients go to that layer, else to none
+            order: int64 [slots], no two alike
         """
         first: Any = self.stack.layers[0]
         while len(self._shells) < len(order):
             self._shells.append(_Shell(first))
-        written = torch.where(used, order, len(self.stack.layers))
         shells = self._shells[: len(order)]
         for slot, shell in enumerate(shells):
-            shell.fill(_Weights.apply(self.anchor, order[slot : slot + 1], written[slot : slot + 1], self))  # type: ignore[no-untyped-call]
+            shell.fill(_Weights.apply(self.anchor, order[slot : slot + 1], self))  # type: ignore[no-untyped-call]
         return [shell.layer for shell in shells]
 
     def release(self) -> None:
@@ -261,13 +261,13 @@ class _Weights(torch.autograd.Function):
     """Copies of one layer's weights; their gradients go to ``slots.gradients``."""
 
     @staticmethod
-    def forward(anchor: Tensor, read: Tensor, written: Tensor, slots: Slots) -> tuple[Tensor, ...]:
-        return tuple(weight.index_select(0, read).squeeze(0) for weight in slots.stacked)
+    def forward(anchor: Tensor, layer: Tensor, slots: Slots) -> tuple[Tensor, ...]:
+        return tuple(weight.index_select(0, layer).squeeze(0) for weight in slots.stacked)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, written, ctx.slots = inputs
-        ctx.save_for_backward(written)
+        _, layer, ctx.slots = inputs
+        ctx.save_for_backward(layer)
         ctx.set_materialize_grads(False)
         pairs = zip(output, ctx.slots.gradients, strict=True)
         ctx.mark_non_differentiable(*(weight for weight, gradient in pairs if gradient is None))
@@ -275,8 +275,8 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        (written,) = ctx.saved_tensors
+        (layer,) = ctx.saved_tensors
         for gradient, grad in zip(ctx.slots.gradients, grads, strict=True):
             if gradient is not None and grad is not None:
-                gradient.index_copy_(0, written, grad[None])
-        return None, None, None, None
+                gradient.index_copy_(0, layer, grad[None])
+        return None, None, None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from layerdrop_fast import _extension
 from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.layer_drop_list import LayerDropModuleList
 from layerdrop_fast.nn.stack import LayerDropStack
@@ -24,6 +25,10 @@ def graphable_stack(model: nn.Module) -> TransformerStack:
     if len(stacks) != 1 or not isinstance(stacks[0], TransformerStack):
         raise ValueError(f"model: got {[type(part).__name__ for part in stacks]}, expected one TransformerStack")
     stack = stacks[0]
+    if next(stack.parameters()).is_cuda and _extension.cuda_missing is not None:
+        raise ValueError(
+            f"GraphedStep: on a GPU the plan is drawn by a CUDA kernel, and these {_extension.cuda_missing}"
+        )
     settings = {
         "sampling": (stack.sampling, "systematic"),
         "accumulation": (stack.counters.accumulation, 1),
@@ -118,6 +123,10 @@ def check_optimizer(optimizer: object) -> Optimizer:
                 f"optimizer_of: got {name} with fused={group.get('fused')}, expected Adam, AdamW or SGD with fused=True"
             )
         on_gpu = any(weight.is_cuda for weight in group["params"])
+        for setting, value in group.items():
+            # It would be read once, at capture.
+            if on_gpu and isinstance(value, Tensor) and not value.is_cuda:
+                raise ValueError(f"optimizer_of: got {name} with {setting} on {value.device}, expected it on the GPU")
         if on_gpu and not group.get("capturable", True):
             raise ValueError(f"optimizer_of: got {name} with capturable=False on a GPU, expected capturable=True")
         # The first step of momentum takes the gradient whole; which step is the first is only known on the device.
