@@ -152,23 +152,22 @@ class GraphedStep:
             raise ValueError(f"inputs: got {got}, expected {expected} as captured")
         if not self._stack.training:
             raise ValueError("GraphedStep: the stack is in evaluation, expected model.train()")
-        if self._ready and self._places() != self._captured_places:
+        if not self._ready:
+            return
+        if not all(part[name] is weight and weight.data_ptr() == place for part, name, weight, place in self._places):
             raise RuntimeError("parameters are elsewhere than at capture: make a new GraphedStep after .to() and such")
-        if self._ready and self._constants() != self._captured_constants:
+        if not all(is_same(group[name], value) for group, name, value in self._constants):
             raise RuntimeError(
                 "the settings of an optimizer are others than at capture: expected the same; give a learning rate that "
                 "changes as a tensor, and fill_ it"
             )
 
-    def _places(self) -> list[int]:
-        return [weight.data_ptr() for weight in self._model.parameters()]
-
-    def _constants(self) -> list[dict[str, Any]]:
-        return [
-            {name: v.data_ptr() if isinstance(v := group[name], Tensor) else v for name in optimizer.defaults}
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-        ]
+    def _remember(self) -> None:
+        """What a graph takes as given."""
+        parts = [part._parameters for part in self._model.modules()]
+        self._places = [(p, name, w, w.data_ptr()) for p in parts for name, w in p.items() if w is not None]
+        groups = [(o.defaults, group) for o in self.optimizers for group in o.param_groups]
+        self._constants = [(group, name, group[name]) for defaults, group in groups for name in defaults]
 
     def _rates_at(self, step: int) -> FloatArray:
         return np.repeat(self._stack.schedule(step), self._stack.units_per_layer)
@@ -258,7 +257,7 @@ class GraphedStep:
                 with torch.cuda.graph(graph):
                     self._step()
             self._graph = graph
-        self._captured_places, self._captured_constants = self._places(), self._constants()
+        self._remember()
         self.captures += 1
         self._ready = True
 
@@ -345,6 +344,11 @@ def check_runs(runs: int) -> None:
     """One plan is drawn a step."""
     if runs != 1:
         raise RuntimeError(f"loss ran the stack {runs} times, expected once")
+
+
+def is_same(value: object, other: object) -> bool:
+    """Equal numbers, or the same tensor: it may have changed, and is not read."""
+    return value is other or not (isinstance(value, Tensor) or isinstance(other, Tensor) or value != other)
 
 
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:

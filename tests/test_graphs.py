@@ -378,10 +378,17 @@ def test_a_learning_rate_that_is_a_tensor_can_change():
         step(*batch(3))
 
 
-def test_parameters_that_were_moved_are_refused():
-    model = Model()
+def copied(model):
+    return copy.deepcopy(model.state_dict())
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.float32), lambda m: m.load_state_dict(copied(m), assign=True)])
+def test_parameters_that_were_moved_are_refused(move):
+    model = Model(granularity="sample")
     step = GraphedStep(model, loss, adamw, *batch(0))
-    model.to(torch.float32)
+    model.load_state_dict(copied(model))
+    step(*batch(0))
+    move(model)
     with pytest.raises(RuntimeError, match="parameters are elsewhere than at capture"):
         step(*batch(0))
 
