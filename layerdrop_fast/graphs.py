@@ -330,7 +330,7 @@ class GraphedStep:
             raise ValueError(f"state: got {len(states)} optimizers, expected {len(self.optimizers)}")
         self._ready = False
         for optimizer, own in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(own)
+            load(optimizer, own)
 
 
 def check_tensors(inputs: Sequence[object]) -> None:
@@ -349,6 +349,17 @@ def check_runs(runs: int) -> None:
 def is_same(value: object, other: object) -> bool:
     """Equal numbers, or the same tensor: it may have changed, and is not read."""
     return value is other or not (isinstance(value, Tensor) or isinstance(other, Tensor) or value != other)
+
+
+def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state; settings that are tensors, which a user holds to change them, stay the same tensors."""
+    tensors = [{name: v for name, v in group.items() if isinstance(v, Tensor)} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, tensors, strict=True):
+        for name, tensor in own.items():
+            tensor.copy_(torch.as_tensor(group[name]))
+            group[name] = tensor
+    check_optimizer(optimizer)
 
 
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:

@@ -373,6 +373,13 @@ def test_a_learning_rate_that_is_a_tensor_can_change():
             optimizer.param_groups[0]["lr"] = rate.item()
         step(*batch(number)), eager(*batch(number))
         assert_same(step, model, eager, rtol=1e-6, atol=1e-9)
+    saved = copy.deepcopy(step.state_dict())
+    rate.fill_(0.7)
+    step.load_state_dict(saved)
+    assert rate.item() == pytest.approx(3e-3)  # of the state, and still the tensor to fill
+    assert all(optimizer.param_groups[0]["lr"] is rate for optimizer in step.optimizers)
+    step(*batch(2)), eager(*batch(2))
+    assert_same(step, model, eager, rtol=1e-6, atol=1e-9)
     step.optimizers[0].param_groups[0]["lr"] = 0.5
     with pytest.raises(RuntimeError, match="settings of an optimizer are others than at capture"):
         step(*batch(3))

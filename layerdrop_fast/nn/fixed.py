@@ -104,9 +104,8 @@ class FixedForward:
         if not stack.counters.recomputing:
             self.calls += 1
             self._draw(batch)
-        attend, memory_attend = inputs.attend, inputs.memory_attend
         kind = Spare if self.slots is None else Whole
-        attend, memory_attend = kind(*attend), kind(*memory_attend)
+        attend, memory_attend = kind(*inputs.attend), kind(*inputs.memory_attend)
         calls = self._by_sample(x, batch) if self.slots is None else self._by_slot(x, batch, self.slots)
         y: Tensor | None = None
         before: Step | None = None
