@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.fixed import FixedForward, Room, Slots
-from layerdrop_fast.nn.graphable import check_optimizer, graphable_stack, units_of
+from layerdrop_fast.nn.graphable import graphable_stack, units_of
+from layerdrop_fast.nn.skippable import check_optimizer, load, make_states, step_unless
 from layerdrop_fast.nn.transformer_stack import Inputs
 from layerdrop_fast.nn.turn import Kept, Turn
 from layerdrop_fast.plan import to_device
@@ -74,6 +75,7 @@ class GraphedStep:
         ValueError: a setting that cannot be captured; inputs of other shapes. TypeError: inputs that are no tensors.
         RuntimeError: a loss that does not run the stack once; parameters or settings of an optimizer that were replaced
             since capture (a learning rate that changes is a tensor on the device, as above, set by ``fill_``).
+            What modules are set to, such as their dropout, is part of the graph, and is not looked at again.
 
     Attributes:
         optimizers: of each unit, then of the rest. ``captures``: how many graphs were captured: 1, and one more
@@ -308,8 +310,7 @@ class GraphedStep:
         leaves: list[Tensor] = [*weights, *([] if slots is None else [slots.anchor])]
         if slots is not None:
             slots.clear()
-        for weight, grad in zip(weights, torch.autograd.grad(value, leaves, allow_unused=True), strict=False):
-            weight.grad = grad
+        set_gradients(weights, torch.autograd.grad(value, leaves, allow_unused=True)[: len(weights)])
         if slots is not None:
             for number, layer in enumerate(self._stack.layers):
                 for weight, gradient in zip(layer.parameters(), slots.gradients, strict=True):
@@ -346,42 +347,17 @@ def check_runs(runs: int) -> None:
         raise RuntimeError(f"loss ran the stack {runs} times, expected once")
 
 
+def set_gradients(weights: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+    """Each in memory of its own, laid out as the weight is, as ``backward()`` leaves them: they may be written."""
+    taken: set[int] = set()
+    for weight, grad in zip(weights, grads, strict=True):
+        if grad is not None and (grad.stride() != weight.stride() or grad.untyped_storage()._cdata in taken):
+            grad = torch.empty_like(weight).copy_(grad)
+        if grad is not None:
+            taken.add(grad.untyped_storage()._cdata)
+        weight.grad = grad
+
+
 def is_same(value: object, other: object) -> bool:
     """Equal numbers, or the same tensor: it may have changed, and is not read."""
     return value is other or not (isinstance(value, Tensor) or isinstance(other, Tensor) or value != other)
-
-
-def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state; settings that are tensors, which a user holds to change them, stay the same tensors."""
-    tensors = [{name: v for name, v in group.items() if isinstance(v, Tensor)} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, tensors, strict=True):
-        for name, tensor in own.items():
-            tensor.copy_(torch.as_tensor(group[name]))
-            group[name] = tensor
-    check_optimizer(optimizer)
-
-
-def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
-    """A step that leaves weights and states as they are where ``skip`` (f32 []) is 1."""
-    optimizer.found_inf = skip  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
-
-
-def make_states(optimizer: Optimizer) -> None:
-    """The state that an optimizer makes in its first step, as it is before that step."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    new = [weight for weight in weights if not optimizer.state.get(weight)]
-    for weight in new:
-        weight.grad = torch.zeros_like(weight)
-    if new:
-        step_unless(optimizer, torch.ones((), device=new[0].device))
-    for weight in new:
-        weight.grad = None
-        for value in optimizer.state[weight].values():
-            # Fused SGD leaves the momentum of a skipped first step uninitialised.
-            if isinstance(value, Tensor):
-                value.zero_()

@@ -218,6 +218,24 @@ def test_clipping_is_that_of_the_layers_that_ran():
         assert_same(step, model, eager, **CLOSE)
 
 
+def test_gradients_that_share_memory():
+    class Embedded(Model):
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ParameterList(torch.ones(5, 7, WIDTH, dtype=torch.float64) for _ in range(2))
+
+        def forward(self, x, **masks):
+            return super().forward(x, **masks) + (self.tables[0] + self.tables[1]).sum(-1, keepdim=True)
+
+    compare(Embedded(), sgd, **CLOSE)  # the tables' gradient is one tensor, expanded
+    model = Embedded()
+    clipped = GraphedStep(model, loss, sgd, *batch(0), clip_norm=1e-3)
+    before = [table.detach().clone() for table in model.tables]
+    clipped(*batch(0))
+    moved = [table - old for table, old in zip(model.tables, before, strict=True)]
+    assert torch.equal(moved[0], moved[1])
+
+
 def test_a_checkpoint_round_the_stack():
     class Checkpointed(Model):
         def forward(self, x, **masks):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch import nn
 
 from layerdrop_fast import _extension
 from layerdrop_fast.nn import distributed
@@ -106,30 +105,3 @@ def branch_of(name: str, num_branches: int) -> int:
     part = name.split(".")[0]
     numbered = part.startswith(("norm", "layer_scale"))
     return int(part[-1]) - 1 if numbered else {"self_attn": 0, "multihead_attn": 1}.get(part, num_branches - 1)
-
-
-def check_optimizer(optimizer: object) -> Optimizer:
-    """One that can skip a step by a switch on the device.
-
-    Raises:
-        TypeError: no optimizer. ValueError: not a fused Adam, AdamW or SGD, not capturable on a GPU, or with dampening.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer_of: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    name = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        if not isinstance(optimizer, Adam | SGD) or not group["fused"]:
-            raise ValueError(
-                f"optimizer_of: got {name} with fused={group.get('fused')}, expected Adam, AdamW or SGD with fused=True"
-            )
-        on_gpu = any(weight.is_cuda for weight in group["params"])
-        for setting, value in group.items():
-            # It would be read once, at capture.
-            if on_gpu and isinstance(value, Tensor) and not value.is_cuda:
-                raise ValueError(f"optimizer_of: got {name} with {setting} on {value.device}, expected it on the GPU")
-        if on_gpu and not group.get("capturable", True):
-            raise ValueError(f"optimizer_of: got {name} with capturable=False on a GPU, expected capturable=True")
-        # The first step of momentum takes the gradient whole; which step is the first is only known on the device.
-        if group.get("dampening"):
-            raise ValueError(f"optimizer_of: got {name} with dampening={group['dampening']}, expected 0")
-    return optimizer
