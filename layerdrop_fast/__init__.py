@@ -1,6 +1,7 @@
 """LayerDrop and stochastic depth for deep transformers, at the price of the layers that are kept."""
 
 from layerdrop_fast import memory, models, ops, prune
+from layerdrop_fast.graphs import GraphedStep
 from layerdrop_fast.nn import (
     DropPath,
     KVCache,
@@ -35,6 +36,7 @@ __all__ = [
     "DropPath",
     "DropPlan",
     "DropSchedule",
+    "GraphedStep",
     "KVCache",
     "LayerDropModuleList",
     "LayerDropStack",

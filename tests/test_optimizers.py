@@ -129,3 +129,13 @@ def test_grad_scaler():
     assert not torch.equal(head.weight, before)
     with pytest.raises(AssertionError, match="No inf checks were recorded"):
         scaled_step(LayerDropStack([Block()], 1.0))
+
+
+def test_fused_sgd_with_momentum_fails_where_a_layer_has_its_first_gradient_late():
+    early, late = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.SGD([early, late], 0.1, momentum=0.9, fused=True)
+    early.grad = torch.ones(3)
+    optimizer.step()
+    late.grad = torch.ones(3)
+    with pytest.raises(TypeError, match=r"expected Tensor .* but got NoneType"):
+        optimizer.step()

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from benchmarks.gpu_check import graph, synchronisation
+from benchmarks.gpu_check import graph, graphed_step, synchronisation
 from benchmarks.gpu_check.check import Check
 
 
 def run(check: Check) -> dict[str, Any]:
-    return {"synchronisation": synchronisation.run(check), "graph": graph.run(check)}
+    stages = {"synchronisation": synchronisation, "graph": graph, "graphed step": graphed_step}
+    return {name: stage.run(check) for name, stage in stages.items()}

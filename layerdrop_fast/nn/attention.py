@@ -33,11 +33,15 @@ class Attend(NamedTuple):
             return self._replace(lengths=[self.lengths[sample] for sample in samples], rotary=rotary)
         rotary = self.rotary
         if rotary is not None and rotary[0].shape[0] > 1:
-            rotary = rotary[0].index_select(0, rows), rotary[1].index_select(0, rows)
+            rotary = self.read(rotary[0], rows), self.read(rotary[1], rows)
         mask = self.mask
         if mask is not None and mask.shape[0] > 1:
-            mask = mask.index_select(0, rows)
+            mask = self.read(mask, rows)
         return self._replace(mask=mask, rotary=rotary)
+
+    def read(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Those samples of a tensor that all layers share."""
+        return x.index_select(0, rows)
 
 
 class KVCache:
@@ -140,7 +144,7 @@ class Attention(nn.Module):
         q = linear(h, weights[0], biases[0], norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         def take(memory: Tensor) -> Tensor:
-            return memory if rows is None else memory.index_select(0, rows)
+            return memory if rows is None else attend.read(memory, rows)
 
         # memory itself is held once for all layers.
         with recomputed_in_backward(take, memory, enabled=rows is not None) as taken:

@@ -28,7 +28,7 @@ def steps_of(stack: TransformerStack, x: Tensor, turn: Turn, packed: Packed | No
     rates: list[float] = [layer.dropout if layer.training else 0.0 for layer in layers]
     key = sites = None
     if turn.plan is not None and any(layer.dropout or layer.activation_dropout for layer in layers):
-        key, sites = _key(turn.plan, x.device), _sites(stack, x.device)
+        key, sites = _key(turn.plan, x.device), sites_of(stack, x.device)
     scales: Sequence[Tensor | None] = [None] * len(turn.kept)
     # In a compiled region always a tensor: a plan whose scales happen to be 1 is not compiled anew.
     if any(unit.scale != 1 for unit in turn.kept) or (stack.always_rows and stack.scale != "none"):
@@ -65,12 +65,18 @@ def _key(plan: DropPlan, device: torch.device) -> Tensor:
     return ops.step_key(to_device(counters.view(np.int64), device))
 
 
-def _sites(stack: TransformerStack, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The two sites of every branch."""
+def sites_of(stack: TransformerStack, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The two sites of every branch, int32 []: behind it and inside it."""
+    behind, inside = site_table(stack, device).t()
+    return list(zip(behind.unbind(), inside.unbind(), strict=True))
+
+
+def site_table(stack: TransformerStack, device: torch.device) -> Tensor:
+    """The sites of every branch, int32 [L * branches, 2]; made once."""
     branches = len(stack.layers) * stack._branches
-    if stack._known_sites is None or (stack._known_sites.device, len(stack._known_sites)) != (device, branches):
+    known = stack._known_sites
+    if known is None or (known.device, len(known)) != (device, branches):
         with torch.inference_mode(False):
             sites = torch.arange(SITES_PER_BRANCH * branches, dtype=torch.int32, device=device)
-            stack._known_sites = (sites + ops.FIRST_DROPOUT_SITE).view(-1, SITES_PER_BRANCH)
-    behind, inside = stack._known_sites.t()
-    return list(zip(behind.unbind(), inside.unbind(), strict=True))
+            known = stack._known_sites = (sites + ops.FIRST_DROPOUT_SITE).view(-1, SITES_PER_BRANCH)
+    return known

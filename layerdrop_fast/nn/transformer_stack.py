@@ -76,6 +76,9 @@ class TransformerStack(LayerDropStack):
     Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
     """
 
+    # What runs instead of a forward, given (x, B, inputs), while a GraphedStep is under way.
+    _replaced: Callable[[Tensor, int, Inputs], Tensor] | None = None
+
     def __init__(
         self,
         num_layers: int,
@@ -236,6 +239,11 @@ class TransformerStack(LayerDropStack):
             cache.length += x.shape[1]
         return out
 
+    def _forward(self, x: Tensor, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._replaced is not None:
+            return self._replaced(x, batch, kwargs["inputs"])
+        return super()._forward(x, batch, args, kwargs)
+
     def _packed(
         self, x: Tensor, packed: Packed, is_causal: bool, position_ids: Tensor | None, excluded: dict[str, Any]
     ) -> Any:
@@ -361,4 +369,4 @@ class TransformerStack(LayerDropStack):
 
 def _is_enclosed(layer: nn.Module) -> bool:
     plain = isinstance(layer, TransformerLayer) and type(layer).forward is TransformerLayer.forward
-    return not plain or is_compiled(layer)
+    return not plain or "forward" in vars(layer) or is_compiled(layer)

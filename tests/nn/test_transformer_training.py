@@ -117,6 +117,19 @@ def layers_that_checkpoint_themselves(model, use_reentrant):
     return model
 
 
+def layers_with_a_checkpoint_patched_on(model, use_reentrant):
+    for layer in model.layers:
+        layer.forward = patched(layer.forward, use_reentrant)
+    return model
+
+
+def patched(forward, use_reentrant):
+    def run(x, memory, *, y, visit):
+        return checkpoint(lambda x, y: forward(x, memory, y=y, visit=visit), x, y, use_reentrant=use_reentrant)
+
+    return run
+
+
 def wrapped_branches(model, use_reentrant):
     for layer in model.layers:
         layer.self_attn = checkpoint_wrapper(layer.self_attn)
@@ -126,7 +139,14 @@ def wrapped_branches(model, use_reentrant):
 @GRANULARITIES
 @REENTRANT
 @pytest.mark.parametrize(
-    "enclose", [enclosed_stack, wrapped_layers, layers_that_checkpoint_themselves, wrapped_branches]
+    "enclose",
+    [
+        enclosed_stack,
+        wrapped_layers,
+        layers_that_checkpoint_themselves,
+        layers_with_a_checkpoint_patched_on,
+        wrapped_branches,
+    ],
 )
 @pytest.mark.parametrize("kind", [{}, {"norm_first": False}, {"recompute": "qkv"}, {"max_kept": 1}])
 def test_activation_checkpointing_is_right_wherever_it_stands(kind, enclose, use_reentrant, granularity):
