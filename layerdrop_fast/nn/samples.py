@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerdrop_fast._checks import check_integer
+from layerdrop_fast.ops._function import Function
 
 # Argument number (after x) or keyword -> the dimension that counts samples, None where there is none.
 BatchDims = Mapping[int | str, int | None]
@@ -88,7 +89,7 @@ class Samples:
         return 0
 
 
-class PutBack(torch.autograd.Function):
+class PutBack(Function):
     """``x' = x``, ``x'[rows[k]] = y[k]`` in x's dtype. torch's ``index_copy`` would save y for backward."""
 
     @staticmethod

@@ -330,7 +330,7 @@ class TransformerStack(LayerDropStack):
 
     @property
     def _owns_stream(self) -> bool:
-        """Whether the stream may be written in place: no checkpoint and no compiled region encloses a layer."""
+        """Whether the stream may be written in place, since nobody but the layers sees it."""
         return self._compiled is None and not self.hidden_states and not any(_is_enclosed(x) for x in self.layers)
 
     @property
@@ -368,5 +368,6 @@ class TransformerStack(LayerDropStack):
 
 
 def _is_enclosed(layer: nn.Module) -> bool:
-    plain = isinstance(layer, TransformerLayer) and type(layer).forward is TransformerLayer.forward
-    return not plain or "forward" in vars(layer) or is_compiled(layer)
+    """Whether something may stand between the stack and the layer: a checkpoint, FSDP, a compiled region, a hook."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is not TransformerLayer or "forward" in vars(layer) or is_compiled(layer) or bool(hooks)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from layerdrop_fast._library import implement
 from layerdrop_fast.ops import _checks
+from layerdrop_fast.ops._function import Function
 from layerdrop_fast.reference import act_linear as reference
 from layerdrop_fast.reference.rows import accumulator
 
@@ -70,7 +71,7 @@ def act_linear(
     return _ActLinear.apply(u, weight, bias, rows, activation, dropout_p, key, site)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _ActLinear(torch.autograd.Function):
+class _ActLinear(Function):
     @staticmethod
     def forward(
         u: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from layerdrop_fast.ops import _checks
+from layerdrop_fast.ops._function import Function
 
 _ops = torch.ops.layerdrop_fast
 
@@ -49,7 +50,7 @@ def dropout(
     return _Dropout.apply(y, rows, dropout_p, key, site) if dropout_p else y  # type: ignore[no-untyped-call]
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     def forward(y: Tensor, rows: Tensor | None, dropout_p: float, key: Tensor | None, site: Tensor | None) -> Any:
         return _ops.act(y, rows, "identity", dropout_p, key, site)

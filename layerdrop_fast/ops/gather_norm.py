@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from layerdrop_fast._library import implement
 from layerdrop_fast.ops import _checks
+from layerdrop_fast.ops._function import Function
 from layerdrop_fast.reference import gather_norm as reference
 from layerdrop_fast.reference.rows import accumulator
 
@@ -46,7 +47,7 @@ def gather_norm(x: Tensor, rows: Tensor | None = None, *, norm: str = "layernorm
     return xhat  # type: ignore[no-any-return]
 
 
-class _GatherNorm(torch.autograd.Function):
+class _GatherNorm(Function):
     @staticmethod
     def forward(x: Tensor, rows: Tensor | None, rms: bool, eps: float) -> Any:
         return _ops.gather_norm(x, rows, rms, eps)

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from layerdrop_fast._library import implement
 from layerdrop_fast.ops import _checks
+from layerdrop_fast.ops._function import Function
 from layerdrop_fast.reference import norm_linear as reference
 from layerdrop_fast.reference.rows import accumulator
 
@@ -55,7 +56,7 @@ def norm_linear(
     return _NormLinear.apply(xhat, weight, bias, gamma, beta)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _NormLinear(torch.autograd.Function):
+class _NormLinear(Function):
     @staticmethod
     def forward(xhat: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Any:
         return reference.norm_linear(xhat, weight, bias, gamma, beta)

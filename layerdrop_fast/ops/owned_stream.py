@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from layerdrop_fast.ops import _checks
+from layerdrop_fast.ops._function import Function
 from layerdrop_fast.ops.scatter_residual import check_branch
 
 _ops = torch.ops.layerdrop_fast
@@ -118,7 +119,7 @@ def _set_own(grad: Tensor, own: bool) -> None:
     setattr(grad, _OWN, own)
 
 
-class _Enter(torch.autograd.Function):
+class _Enter(Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format)
@@ -134,7 +135,7 @@ class _Enter(torch.autograd.Function):
         return grad_stream
 
 
-class _ScatterResidual(torch.autograd.Function):
+class _ScatterResidual(Function):
     @staticmethod
     def forward(stream: Tensor, y: Tensor, *others: Any) -> Tensor:
         _ops.scatter_residual_(stream, y, *others)
@@ -157,7 +158,7 @@ class _ScatterResidual(torch.autograd.Function):
         return grad_stream, grad_y, None, None, None, None, None
 
 
-class _ScatterResidualGatherNorm(torch.autograd.Function):
+class _ScatterResidualGatherNorm(Function):
     @staticmethod
     def forward(stream: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         return stream, *_ops.scatter_residual_gather_norm_(stream, y, *others)

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from layerdrop_fast._library import implement
 from layerdrop_fast.ops import _checks
+from layerdrop_fast.ops._function import Function
 from layerdrop_fast.reference import scatter_residual as reference
 
 _ops = torch.ops.layerdrop_fast
@@ -66,7 +67,7 @@ def check_branch(x: Tensor, y: Tensor, rows: Tensor | None) -> None:
     _checks.check_shape("y", y, [kept, *x.shape[1:]])
 
 
-class _ScatterResidual(torch.autograd.Function):
+class _ScatterResidual(Function):
     @staticmethod
     def forward(
         x: Tensor,

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from layerdrop_fast._library import implement
 from layerdrop_fast.ops import _checks
+from layerdrop_fast.ops._function import Function
 from layerdrop_fast.ops.scatter_residual import check_branch
 from layerdrop_fast.reference import scatter_residual_gather_norm as reference
 from layerdrop_fast.reference.rows import accumulator
@@ -67,7 +68,7 @@ def scatter_residual_gather_norm(
     return x_out, xhat
 
 
-class _ScatterResidualGatherNorm(torch.autograd.Function):
+class _ScatterResidualGatherNorm(Function):
     @staticmethod
     def forward(
         x: Tensor,
