@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerdrop_fast._checks import check_count
-from layerdrop_fast.nn.recompute import recomputed_in_backward
+from layerdrop_fast.nn.recompute import recomputed_by_the_compiler, recomputed_in_backward
 from layerdrop_fast.ops import norm_linear
 
 
@@ -125,14 +125,19 @@ class Attention(nn.Module):
             heads = linear(h, self.in_proj_weight, self.in_proj_bias, norm).unflatten(-1, (-1, self.head_dim))
             return heads if attend.rotary is None else rotate(heads, attend.rotary, self.nhead + self.num_kv_heads)
 
-        groups = (self.nhead, self.num_kv_heads, self.num_kv_heads)
+        if recompute and torch.compiler.is_compiling():
+            return recomputed_by_the_compiler(lambda h: self._mix(project(h), attend, cache), h)
         with recomputed_in_backward(project, h, enabled=recompute) as heads:
-            if attend.lengths is not None:
-                return self._packed(heads, groups, attend)
-            q, k, v = heads.transpose(1, 2).split(groups, dim=1)
-            if cache is not None:
-                k, v = cache[0].extend(cache[1], k, v)
-            return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)
+            return self._mix(heads, attend, cache)
+
+    def _mix(self, heads: Tensor, attend: Attend, cache: tuple[KVCache, int] | None) -> Tensor:
+        groups = (self.nhead, self.num_kv_heads, self.num_kv_heads)
+        if attend.lengths is not None:
+            return self._packed(heads, groups, attend)
+        q, k, v = heads.transpose(1, 2).split(groups, dim=1)
+        if cache is not None:
+            k, v = cache[0].extend(cache[1], k, v)
+        return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)
 
     def attend_to(
         self, h: Tensor, norm: nn.Module | None, memory: Tensor, rows: Tensor | None, attend: Attend

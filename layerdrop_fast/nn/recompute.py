@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
 class _Part(NamedTuple):
@@ -73,3 +75,14 @@ def recomputed_in_backward(compute: Callable[[Tensor], Tensor], h: Tensor, *, en
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield value
+
+
+def recomputed_by_the_compiler(compute: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """``compute(h)`` in a compiled region, where backward makes all anew but attention itself."""
+    contexts = partial(create_selective_checkpoint_contexts, _hold_attention)
+    return checkpoint(compute, h, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+
+def _hold_attention(context: Any, op: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
+    attention = "scaled_dot_product" in str(op)
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
