@@ -160,18 +160,20 @@ class TransformerStack(LayerDropStack):
         self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
 
     @classmethod
-    def from_layers(cls, layers: Iterable[nn.Module], **keywords: Any) -> TransformerStack:
+    def from_layers(
+        cls, layers: Iterable[nn.Module], schedule: float | Sequence[float] | DropSchedule = 0.2, **keywords: Any
+    ) -> TransformerStack:
         """A stack of given layers: TransformerLayers, or torch's, whose parameters are shared, not copied.
 
         Args:
             layers: at least one; activations, epsilons, dropouts and feed-forward widths may differ, the rest may not.
-            keywords: schedule, granularity, target, ..., hidden_states.
+            schedule: as in LayerDropStack. keywords: granularity, target, ..., hidden_states.
 
         Raises:
             TypeError, ValueError: a layer that cannot be converted, or differs from the first; it is named.
         """
         stack = cls.__new__(cls)
-        stack._set_up(alike(layers), **keywords)
+        stack._set_up(alike(layers), schedule=schedule, **keywords)
         return stack
 
     @property
