@@ -330,6 +330,10 @@ class TransformerStack(LayerDropStack):
             raise ValueError(f"max_kept is {self.max_kept}, expected None: compile the layers, each by itself")
         self._compiled = torch.compile(self._run_layers, *args, **({"fullgraph": True} | keywords))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The compiled function is bound to this stack: a copy is not compiled.
+        return super().__getstate__() | {"_compiled": None}  # type: ignore[no-any-return, no-untyped-call]
+
     @property
     def _owns_stream(self) -> bool:
         """Whether the stream may be written in place, since nobody but the layers sees it."""

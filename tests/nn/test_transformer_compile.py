@@ -1,5 +1,6 @@
 """torch.compile: one graph for all plans, the results of eager, and no byte more held for backward."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -137,6 +138,18 @@ def test_a_compiled_model_runs_the_stack_outside_its_graphs():
     for _ in range(4):
         assert_same(results(run, compiled, X), results(eager, eager, X))
     assert compiled.stack.counters.forwards == 4
+
+
+def test_a_copy_of_a_compiled_stack_has_weights_of_its_own():
+    compiled = stack(granularity="sample")
+    compiled.compile(backend="aot_eager")
+    twin = copy.deepcopy(compiled)
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.mul_(0.5)
+    plain = stack(granularity="sample")
+    plain.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(twin(X), plain(X))
 
 
 def test_bounded_pieces_are_not_compiled():
