@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerdrop_fast.reference.rows import accumulator
-
-if TYPE_CHECKING:
-    from layerdrop_fast.nn import TransformerLayer, TransformerStack
-    from layerdrop_fast.plan import DropPlan
+from layerdrop_fast.nn.held_bytes import branch_bytes
+from layerdrop_fast.nn.transformer_stack import TransformerStack
+from layerdrop_fast.nn.turn import Kept, pieces
+from layerdrop_fast.plan import DropPlan
 
 
 class _Saved:
@@ -92,9 +91,10 @@ def predicted_bytes(
 ) -> int:
     """What a training forward of a TransformerStack holds for backward, before it runs.
 
-    Of each kept layer ``branch_bytes`` for its kept samples. With ``max_kept``, of the layers that are not recomputed
-    only, and a copy of the stream for each piece that is (of the first one, x itself). Left out are masks that the
-    forward is given, ``memory``, and the samples' indices.
+    Of each kept branch ``nn.held_bytes.branch_bytes`` for its kept samples. With ``max_kept``, of the layers that are
+    not recomputed only, and a copy of the stream for each piece that is (of the first one, x itself). Left out are
+    masks that the forward is given, ``memory``, the samples' indices, and what attention holds where its weights are
+    dropped out (``attention_dropout``), which depends on the device.
 
         plan = stack.plan(batch_size=32)
         predicted_bytes(stack, plan, (32, 512, 1024), dtype=torch.bfloat16)
@@ -112,8 +112,6 @@ def predicted_bytes(
     Raises:
         ValueError: a shape that is not (B, S, D), or a plan for another number of layers or samples.
     """
-    from layerdrop_fast.nn.turn import Kept, pieces
-
     units = len(stack.layers) * stack.units_per_layer
     if len(shape) != 3:
         raise ValueError(f"shape: got {list(shape)}, expected (B, S, D)")
@@ -141,57 +139,4 @@ def predicted_bytes(
                 entered = number
                 tokens = unit.num_rows * length
                 total += branch_bytes(layer, branch, tokens, dtype, autocast, unit.num_rows * memory_length, enters)
-    return total
-
-
-def branch_bytes(
-    layer: TransformerLayer,
-    branch: int,
-    tokens: int,
-    dtype: torch.dtype = torch.float32,
-    autocast: torch.dtype | None = None,
-    memory_tokens: int = 0,
-    enters: bool = True,
-) -> int:
-    """What one branch of a layer holds for backward: tokens times what a token needs, and what does not depend on them.
-
-        self-attention   xhat D, query (H d), key and value (2 H_kv d), output D, one logarithm of a sum a head
-        cross-attention  xhat D, query, output, logarithms; of each token of memory: key, value
-        feed-forward     xhat D, hidden F (2 F with a gate)
-        every norm       1 / sqrt(variance), one number a token
-
-    Post-norm, a branch that ``enters`` from the stream holds its input as well, one behind a norm of the same layer
-    does not. With ``recompute="qkv"`` neither query, key nor value are held; layer scale holds the scaled matrix.
-    """
-    inner, wide = (dtype if autocast is None else autocast).itemsize, accumulator(dtype).itemsize
-    attention, width = layer.self_attn, layer.d_model
-    total = tokens * (width * dtype.itemsize + wide)
-    is_ffn = branch == layer.num_branches - 1
-    if enters and not layer.norm_first:
-        total += tokens * width * inner
-        if autocast is not None:  # and its matrix, cast
-            queries = attention.nhead * attention.head_dim
-            outputs = layer.linear1.out_features if is_ffn else (len(attention.in_proj_weight), queries)[branch]
-            total += outputs * width * inner
-            if branch == 0 and layer.recompute:  # the input as it was, to cast it anew
-                total += tokens * width * dtype.itemsize
-    if is_ffn:
-        total += tokens * layer.linear1.out_features * inner
-        end = layer.linear2.weight
-    else:
-        heads = attention.head_dim * attention.num_kv_heads * 2
-        held = width + attention.nhead * (4 if autocast else wide) / inner
-        if branch == 0:
-            held += 0 if layer.recompute else attention.nhead * attention.head_dim + heads
-        else:
-            held += attention.nhead * attention.head_dim
-            total += memory_tokens * heads * inner
-            if autocast is not None:  # cast memory, and the cast matrix
-                total += (memory_tokens + heads) * width * inner
-        total += int(tokens * held * inner)
-        end = attention.out_proj.weight
-        if autocast is not None:
-            total += end.numel() * inner
-    if getattr(layer, f"layer_scale{branch + 1}") is not None and (is_ffn or autocast is None):
-        total += end.numel() * end.element_size()
     return total

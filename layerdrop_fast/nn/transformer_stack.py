@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from layerdrop_fast._checks import check_choice, check_count
-from layerdrop_fast.memory import branch_bytes
 from layerdrop_fast.nn.alike import alike
 from layerdrop_fast.nn.attention import Attend, KVCache
 from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
+from layerdrop_fast.nn.held_bytes import branch_bytes
 from layerdrop_fast.nn.packed import Packed
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack

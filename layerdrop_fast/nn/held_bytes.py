@@ -1,0 +1,61 @@
+"""What a branch of a TransformerLayer holds for backward."""
+
+from __future__ import annotations
+
+import torch
+
+from layerdrop_fast.nn.transformer_layer import TransformerLayer
+from layerdrop_fast.reference.rows import accumulator
+
+
+def branch_bytes(
+    layer: TransformerLayer,
+    branch: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    memory_tokens: int = 0,
+    enters: bool = True,
+) -> int:
+    """What one branch of a layer holds for backward: tokens times what a token needs, and what does not depend on them.
+
+        self-attention   xhat D, query (H d), key and value (2 H_kv d), output D, one logarithm of a sum a head
+        cross-attention  xhat D, query, output, logarithms; of each token of memory: key, value
+        feed-forward     xhat D, hidden F (2 F with a gate)
+        every norm       1 / sqrt(variance), one number a token
+
+    Post-norm, a branch that ``enters`` from the stream holds its input as well, one behind a norm of the same layer
+    does not. With ``recompute="qkv"`` neither query, key nor value are held; layer scale holds the scaled matrix.
+    """
+    inner, wide = (dtype if autocast is None else autocast).itemsize, accumulator(dtype).itemsize
+    attention, width = layer.self_attn, layer.d_model
+    total = tokens * (width * dtype.itemsize + wide)
+    is_ffn = branch == layer.num_branches - 1
+    if enters and not layer.norm_first:
+        total += tokens * width * inner
+        if autocast is not None:  # and its matrix, cast
+            queries = attention.nhead * attention.head_dim
+            outputs = layer.linear1.out_features if is_ffn else (len(attention.in_proj_weight), queries)[branch]
+            total += outputs * width * inner
+            if branch == 0 and layer.recompute:  # the input as it was, to cast it anew
+                total += tokens * width * dtype.itemsize
+    if is_ffn:
+        total += tokens * layer.linear1.out_features * inner
+        end = layer.linear2.weight
+    else:
+        heads = attention.head_dim * attention.num_kv_heads * 2
+        held = width + attention.nhead * (4 if autocast else wide) / inner
+        if branch == 0:
+            held += 0 if layer.recompute else attention.nhead * attention.head_dim + heads
+        else:
+            held += attention.nhead * attention.head_dim
+            total += memory_tokens * heads * inner
+            if autocast is not None:  # cast memory, and the cast matrix
+                total += (memory_tokens + heads) * width * inner
+        total += int(tokens * held * inner)
+        end = attention.out_proj.weight
+        if autocast is not None:
+            total += end.numel() * inner
+    if getattr(layer, f"layer_scale{branch + 1}") is not None and (is_ffn or autocast is None):
+        total += end.numel() * end.element_size()
+    return total
