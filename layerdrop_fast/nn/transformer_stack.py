@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from layerdrop_fast._checks import check_choice, check_count
 from layerdrop_fast.memory import branch_bytes
@@ -204,23 +205,26 @@ class TransformerStack(LayerDropStack):
         """The stack on a batch.
 
         Args:
-            attn_mask: [S, S], [B, S, S] or [B or 1, nhead or 1, S, S]; bool, True where NOT attended (as in
+            attn_mask: [S, T], [B, S, T] or [B or 1, nhead or 1, S, T], T = S; bool, True where NOT attended (as in
                 ``nn.MultiheadAttention``), or float, added to the scores.
-            key_padding_mask: [B, S], the same: True at padding.
+            key_padding_mask: [B, T], the same: True at padding.
             is_causal: position s attends to 0..s.
             memory_mask, memory_key_padding_mask: the same for ``memory``.
-            position_ids: int64 [S] or [B, S] (packed [N]), for rotary positions; None: 0..S - 1 in each sample.
+            position_ids: int64 [S] or [B, S] (packed [N]), for rotary positions; None: 0..S - 1 in each sample, behind
+                what a cache has read. Without ``rope_theta`` it has no effect.
             cu_seqlens: int [B + 1], on the host: x is [1, N, D], the tokens of B sequences behind one another, and
                 sequence b has those from cu_seqlens[b] up to cu_seqlens[b + 1]. Decisions are one a sequence; results
                 and masks are those of the padded batch.
             max_seqlen: length of that padded batch, which numbers the masks; None: of the longest sequence.
-            cache: evaluation only: x continues what the cache has read; x is read into it too.
+            cache: evaluation only: x continues what the cache has read; x is read into it too. Masks are then those of
+                all T = ``cache.length`` + S positions, and x attends to all of them that they leave.
 
         Returns:
             The stream behind the last layer; with ``hidden_states`` (stream, L tensors).
 
         Raises:
-            ValueError: a shape is wrong, or arguments that exclude each other; nothing has changed then.
+            ValueError, TypeError: a shape, dtype or device is wrong, or arguments exclude each other; nothing has
+                changed then.
         """
         if torch.compiler.is_compiling():
             given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -262,8 +266,11 @@ class TransformerStack(LayerDropStack):
 
     def _check_cache(self, cache: KVCache, x: Tensor) -> int:
         """The positions that the cache has read."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache")
         if self.training:
             raise ValueError("cache: got one while training, expected stack.eval()")
+        cache.enter(self, x.shape[0])
         if cache.length + x.shape[1] > cache.max_len:
             raise ValueError(
                 f"cache: got {cache.length} positions read and {x.shape[1]} new ones, expected at most {cache.max_len}"
@@ -275,6 +282,9 @@ class TransformerStack(LayerDropStack):
     ) -> tuple[Tensor, list[Tensor]]:
         inputs: Inputs = kwargs["inputs"]
         steps = steps_of(self, x, turn, inputs.packed)
+        if inputs.packed is not None and self.max_kept is not None:
+            # Sequences differ in length: a bound on what is held for backward counts tokens.
+            turn, batch = inputs.packed.in_tokens(turn), x.shape[0]
         return super()._run(x, turn, batch, args, {"inputs": dataclasses.replace(inputs, steps=steps)})
 
     def _run_piece(
@@ -328,10 +338,16 @@ class TransformerStack(LayerDropStack):
             raise ValueError(f"max_kept is {self.max_kept}, expected None: compile the layers, each by itself")
         self._compiled = torch.compile(self._run_layers, *args, **({"fullgraph": True} | keywords))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy would run the layers of this stack. As with ``nn.Module.compile``, it is not compiled.
+        return super().__getstate__() | {"_compiled": None}  # type: ignore[no-untyped-call, no-any-return]
+
     @property
     def _owns_stream(self) -> bool:
-        """Whether the stream may be written in place: no checkpoint and no compiled region encloses a layer."""
-        return self._compiled is None and not self.hidden_states and not any(_is_enclosed(x) for x in self.layers)
+        """Whether the stream may be written in place: no checkpoint, compiled region or transform is round a layer."""
+        if self._compiled is not None or self.hidden_states or any(_is_enclosed(layer) for layer in self.layers):
+            return False
+        return torch._C._functorch.peek_interpreter_stack() is None  # torch.func
 
     @property
     def always_rows(self) -> bool:
@@ -369,4 +385,6 @@ class TransformerStack(LayerDropStack):
 
 def _is_enclosed(layer: nn.Module) -> bool:
     plain = isinstance(layer, TransformerLayer) and type(layer).forward is TransformerLayer.forward
-    return not plain or "forward" in vars(layer) or is_compiled(layer)
+    # torch passes the inputs of a module with backward hooks through a function that makes views of them.
+    hooked = layer._backward_hooks or layer._backward_pre_hooks or modules._has_any_global_hook()
+    return not plain or bool(hooked) or "forward" in vars(layer) or is_compiled(layer)
