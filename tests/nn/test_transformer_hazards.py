@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from layerdrop_fast import KVCache, TransformerStack, prune, set_step
 from layerdrop_fast.memory import saved_bytes
@@ -234,6 +235,20 @@ def test_an_interrupted_forward_leaves_no_trace():
     hook.remove()
     assert model.counters.forwards == 0
     assert_same(results(model, model, X), results(plain, plain, X))
+
+
+def test_a_reentrant_checkpoint_of_more_than_the_stack_is_refused():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), stack())
+    with pytest.raises(RuntimeError, match="0 of its forwards may be meant.* give a reentrant checkpoint nothing but"):
+        checkpoint(model, X, use_reentrant=True).sum().backward()
+    model.zero_grad()
+    set_step(model, 0)
+    checkpoint(model, X, use_reentrant=False).sum().backward()
+    ours = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    set_step(model, 0)
+    model(X).sum().backward()
+    assert_equal(ours, [weight.grad for weight in model.parameters()])
 
 
 def test_a_bound_counts_the_tokens_of_packed_sequences():
