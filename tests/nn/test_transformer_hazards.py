@@ -327,3 +327,15 @@ def test_mistakes_about_memory_name_its_masks():
     model = stack(cross_attention=True)
     with pytest.raises(ValueError, match=r"^memory_key_padding_mask: got \[5, 7\], expected \[5, 4\]"):
         model(X, tensor(BATCH, SOURCE, WIDTH), memory_key_padding_mask=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_stream_keeps_its_dtype_and_rotary_tables_are_no_coarser_than_float32(norm_first, granularity):
+    model = stack(granularity=granularity, norm_first=norm_first, dtype=torch.float32, rope_theta=10.0, schedule=0.3)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = X.detach().to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == dtype
+        assert model.layers[0].attention(x, None)[0].rotary[0].dtype == torch.float32
+    assert model.layers[0].attention(X, None)[0].rotary[0].dtype == torch.float64

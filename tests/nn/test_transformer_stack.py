@@ -34,6 +34,7 @@ SHAPES = {
     "RMSNorm, SwiGLU, no biases": {"norm": "rmsnorm", "activation": "swiglu", "bias": False},
     "post-norm RMSNorm, SiLU": {"norm_first": False, "norm": "rmsnorm", "activation": "silu"},
     "dropout": {"dropout": 0.3, "activation_dropout": 0.2, "activation": "relu"},
+    "dropout inside a branch alone": {"activation_dropout": 0.3},
     "post-norm dropout": {"norm_first": False, "dropout": 0.3, "activation_dropout": 0.2},
     "grouped heads, rotary": {"num_kv_heads": 1, "rope_theta": 100.0},
     "layer scale": {"layer_scale": 0.3},
