@@ -101,7 +101,7 @@ def predicted_bytes(
 
     Args:
         plan: what is kept; None: everything.
-        shape: (B, S, D) of x.
+        shape: (B, S, D) of x; packed rows are not told.
         dtype: of x and, without autocast, of the weights.
         autocast: the dtype of an enclosing ``torch.autocast``, which also holds a copy of each output projection.
         memory_length: T of ``memory`` [B, T, D], with cross-attention.

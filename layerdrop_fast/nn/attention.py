@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ class Attend(NamedTuple):
     is_causal: bool = False  # instead of a mask
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B or 1, S, 1, head_dim / 2] f32 (f64 for f64)
     lengths: Sequence[int] | None = None  # of packed sequences
+    training: bool = False  # whether attention weights have dropout
 
     def of(self, rows: Tensor | None, samples: Sequence[int] | None = None) -> Attend:
         """For the samples in ``rows`` (packed: ``samples``, on the host) alone."""
@@ -64,6 +66,23 @@ class KVCache:
         self.max_len = check_count(max_len, "max_len", 1)
         self.length = 0  # positions that all layers have read
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._reader: tuple[weakref.ref[nn.Module], int] | None = None  # whose it is, and how many samples
+
+    def enter(self, stack: nn.Module, samples: int) -> None:
+        """Before a forward of this stack, with so many samples.
+
+        Raises:
+            ValueError: the cache has read another number of samples, or for another stack.
+        """
+        if not self.length:
+            self._held.clear()
+        elif self._reader is not None:
+            reader, held = self._reader
+            if reader() is not stack:
+                raise ValueError("cache: got one that another stack has read into, expected a KVCache for each stack")
+            if held != samples:
+                raise ValueError(f"cache: got x of {samples} samples, expected {held}, as the cache has read")
+        self._reader = weakref.ref(stack), samples
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, num_kv_heads, S, head_dim] of a layer; returns all that it has read."""
@@ -72,8 +91,6 @@ class KVCache:
             shape = (*k.shape[:2], self.max_len, k.shape[3])
             self._held[layer] = k.new_empty(shape), v.new_empty(shape)
         held = self._held[layer]
-        if held[0].shape[0] != k.shape[0]:
-            raise ValueError(f"x has {k.shape[0]} samples and the cache {held[0].shape[0]}, expected as many")
         for whole, new in zip(held, (k, v), strict=True):
             whole[:, :, self.length : end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
@@ -121,13 +138,14 @@ class Attention(nn.Module):
             h: [K, S, D], packed [N, D]; the input, without the affine of ``norm``. -> the same shape
         """
 
-        def project(h: Tensor) -> Tensor:
-            heads = linear(h, self.in_proj_weight, self.in_proj_bias, norm).unflatten(-1, (-1, self.head_dim))
+        def project(h: Tensor, *weights: Tensor | None) -> Tensor:
+            heads = _linear(h, *weights).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type]
             return heads if attend.rotary is None else rotate(heads, attend.rotary, self.nhead + self.num_kv_heads)
 
+        weights = (self.in_proj_weight, self.in_proj_bias, *affine_of(norm))
         if recompute and torch.compiler.is_compiling():
-            return recomputed_by_the_compiler(lambda h: self._mix(project(h), attend, cache), h)
-        with recomputed_in_backward(project, h, enabled=recompute) as heads:
+            return recomputed_by_the_compiler(lambda h: self._mix(project(h, *weights), attend, cache), h)
+        with recomputed_in_backward(project, h, *weights, enabled=recompute) as heads:
             return self._mix(heads, attend, cache)
 
     def _mix(self, heads: Tensor, attend: Attend, cache: tuple[KVCache, int] | None) -> Tensor:
@@ -166,14 +184,14 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout if attend.training else 0.0,
             is_causal=attend.is_causal,
             enable_gqa=self.num_kv_heads != self.nhead,
         )
 
     def _packed(self, heads: Tensor, groups: tuple[int, int, int], attend: Attend) -> Tensor:
         assert attend.lengths is not None
-        alone = Attend(is_causal=attend.is_causal)
+        alone = Attend(is_causal=attend.is_causal, training=attend.training)
         found = [heads.new_empty(0, self.nhead * self.head_dim)]
         for part in heads.split([length for length in attend.lengths if length]):
             q, k, v = part.transpose(0, 1)[None].split(groups, dim=1)
@@ -183,9 +201,16 @@ class Attention(nn.Module):
 
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> Tensor:
     """A linear map of h, behind the affine of a norm if there is one."""
-    if norm is None:
-        return F.linear(h, weight, bias)
-    return norm_linear(h, weight, bias, gamma=norm.weight, beta=getattr(norm, "bias", None))  # type: ignore[arg-type]
+    return _linear(h, weight, bias, *affine_of(norm))
+
+
+def _linear(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    return F.linear(h, weight, bias) if gamma is None else norm_linear(h, weight, bias, gamma=gamma, beta=beta)
+
+
+def affine_of(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of a norm."""
+    return getattr(norm, "weight", None), getattr(norm, "bias", None)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -212,8 +237,17 @@ def rotate(heads: Tensor, tables: tuple[Tensor, Tensor], turned: int) -> Tensor:
     return torch.cat((rotated.to(heads.dtype), heads[..., turned:, :]), dim=-2)
 
 
+def _check_mask(name: str, mask: Tensor, device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, expected a tensor")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name}: got {mask.dtype}, expected bool (True: not attended) or float")
+    if mask.device != device:
+        raise ValueError(f"{name}: got a tensor on {mask.device}, expected one on {device}")
+
+
 def attention_mask(
-    name: str,
+    of: str,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
@@ -223,7 +257,7 @@ def attention_mask(
     """torch's masks, in ``nn.MultiheadAttention``'s sense, as one for ``scaled_dot_product_attention``.
 
     Args:
-        name: of ``attn_mask``, for errors.
+        of: "memory" or "", for the names in errors.
         attn_mask: [S, T], [B, S, T], [B * H, S, T] or [B or 1, H or 1, S, T]; bool, True where NOT attended, or a float
             that is added.
         key_padding_mask: [B, T], the same.
@@ -235,6 +269,10 @@ def attention_mask(
         (mask [B or 1, H or 1, S or 1, T], is_causal): one of them at most.
     """
     b, h, s, t = shape
+    name, padding = (f"{of}_mask", f"{of}_key_padding_mask") if of else ("attn_mask", "key_padding_mask")
+    for which, given in ((name, attn_mask), (padding, key_padding_mask)):
+        if given is not None:
+            _check_mask(which, given, like.device)
     masks = []
     if attn_mask is not None:
         if attn_mask.dim() == 3 and attn_mask.shape[0] == b * h and h > 1:
@@ -248,18 +286,13 @@ def attention_mask(
         masks.append(full)
     if key_padding_mask is not None:
         if key_padding_mask.shape != (b, t):
-            raise ValueError(f"key_padding_mask: got {list(key_padding_mask.shape)}, expected [{b}, {t}]")
+            raise ValueError(f"{padding}: got {list(key_padding_mask.shape)}, expected [{b}, {t}]")
         masks.append(key_padding_mask[:, None, None])
     if is_causal and (masks or 1 < s < t):
         masks.append(torch.ones(s, t, dtype=torch.bool, device=like.device).triu(1 + t - s)[None, None])
         is_causal = False
     if not masks:
         return None, is_causal and s > 1
-    for mask in masks:
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(
-                f"{name} and key_padding_mask: got {mask.dtype}, expected bool (True: not attended) or float"
-            )
     blocked = [mask for mask in masks if mask.dtype == torch.bool]
     added = [mask.to(like.dtype) for mask in masks if mask.dtype != torch.bool]
     hidden = None

@@ -90,8 +90,9 @@ class StepCounters(nn.Module):
         if len(candidates) != 1:
             raise RuntimeError(
                 f"activation checkpointing recomputes this stack, but {len(candidates)} of its forwards may be meant, "
-                "expected 1: checkpoint the layers inside the stack, or run backward after each forward; after a "
-                "forward in a reentrant checkpoint whose backward you skip, call stack.counters.forget()"
+                "expected 1: checkpoint the layers inside the stack, or run backward after each forward; give a "
+                "reentrant checkpoint nothing but the stack (0 are known behind other modules), and after one whose "
+                "backward you skip, call stack.counters.forget()"
             )
         (forward,) = candidates
         self._begin_backward(forward)

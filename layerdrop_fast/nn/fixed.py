@@ -138,8 +138,9 @@ class FixedForward:
             rows = None if least == batch else self.rows[unit, :most]
             for branch in range(unit * per_unit, (unit + 1) * per_unit):
                 site, inner = (None, None) if sites is None else sites[branch]
-                rate = rate_of(layers[branch // branches])
-                steps.append(Step(rows, None, scales[unit], rate, self.key, site, inner) if most else None)
+                layer = layers[branch // branches]
+                step = Step(rows, None, scales[unit], rate_of(layer), self.key, site, inner, training=layer.training)
+                steps.append(step if most else None)
         calls = [Call(layer, steps[n * branches : (n + 1) * branches]) for n, layer in enumerate(layers)]
         return [call for call in calls if any(step is not None for step in call.steps)]
 
@@ -175,7 +176,8 @@ class FixedForward:
             for branch in range(stack._branches):
                 site, inner = (None, None) if sites is None else sites[slot, branch].unbind()
                 part = None if slot < certain else rows[slot]
-                steps.append(Step(part, None, scales[slot], rate_of(layer), self.key, site, inner))
+                scale, rate = scales[slot], rate_of(layer)
+                steps.append(Step(part, None, scale, rate, self.key, site, inner, training=layer.training))
             calls.append(Call(layer, steps))
         return calls
 

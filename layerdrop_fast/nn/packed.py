@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from layerdrop_fast._checks import check_count
+from layerdrop_fast.nn.turn import Turn
 from layerdrop_fast.plan import to_device
 
 
@@ -30,12 +33,15 @@ class Packed:
             raise ValueError(
                 f"cu_seqlens: got a tensor on {cu_seqlens.device}, expected one on the host: cu_seqlens.cpu()"
             )
-        ends = np.asarray(cu_seqlens, dtype=np.int64)
+        ends = np.asarray(cu_seqlens)
+        if ends.dtype.kind not in "iu":
+            raise TypeError(f"cu_seqlens: got {ends.tolist()}, expected integers")
+        ends = ends.astype(np.int64)
         if ends.ndim != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or (np.diff(ends) < 0).any():
             raise ValueError(f"cu_seqlens: got {ends.tolist()}, expected ascending integers from 0 to {tokens}")
         self.starts, self.lengths = ends[:-1], np.diff(ends)
         longest = int(self.lengths.max())
-        if max_seqlen is not None and max_seqlen < longest:
+        if max_seqlen is not None and check_count(max_seqlen, "max_seqlen", 0) < longest:
             raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least {longest}, the longest sequence")
         self.max_seqlen = longest if max_seqlen is None else max_seqlen
         if len(self.lengths) * self.max_seqlen >= 1 << 31:
@@ -53,6 +59,17 @@ class Packed:
         places = np.repeat(self.starts[samples], lengths) + within
         padded = np.repeat(np.asarray(samples, dtype=np.int64) * self.max_seqlen, lengths) + within
         return places.astype(np.int32), padded.astype(np.int32)
+
+    def in_tokens(self, turn: Turn) -> Turn:
+        """The same forward, with tokens for sequences in ``num_rows``."""
+        total = int(self.lengths.sum())
+        kept = []
+        for unit in turn.kept:
+            tokens = total
+            if unit.rows is not None and turn.plan is not None:
+                tokens = int(self.lengths[turn.plan.kept_samples(unit.unit)].sum())
+            kept.append(unit._replace(num_rows=tokens))
+        return dataclasses.replace(turn, kept=kept)
 
     def positions(self, device: torch.device) -> Tensor:
         """int64 [N]: each token's position in its sequence."""

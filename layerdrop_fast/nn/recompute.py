@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ class _Part(NamedTuple):
 class _Again:
     """A tensor that is computed once more when backward asks for the first of its parts, and let go after the last."""
 
-    def __init__(self, compute: Callable[[], Tensor], like: Tensor) -> None:
+    def __init__(self, compute: Callable[[], Tensor], like: Tensor, inputs: Sequence[Tensor]) -> None:
         self.compute = compute
+        self.inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
         self.device, self.dtype = like.device.type, like.dtype
         self.autocast = torch.is_autocast_enabled(self.device)
         self.parts = self.left = 0
@@ -32,6 +33,12 @@ class _Again:
 
     def part(self, view: _Part) -> Tensor:
         if self.value is None:
+            for tensor, version in self.inputs:
+                if tensor._version != version:
+                    raise RuntimeError(
+                        f"a tensor {list(tensor.shape)} that backward needs was modified by an inplace operation: "
+                        f"got version {tensor._version}, expected {version}"
+                    )
             with torch.no_grad(), torch.autocast(self.device, self.dtype, self.autocast):
                 self.value = self.compute()
             self.left = self.parts
@@ -43,17 +50,23 @@ class _Again:
 
 
 @contextmanager
-def recomputed_in_backward(compute: Callable[[Tensor], Tensor], h: Tensor, *, enabled: bool) -> Iterator[Tensor]:
-    """``compute(h)``, of which nothing that is done inside this context is held for backward; h is, instead.
+def recomputed_in_backward(
+    compute: Callable[..., Tensor], h: Tensor, *weights: Tensor | None, enabled: bool
+) -> Iterator[Tensor]:
+    """``compute(h, *weights)``, of which nothing that is done inside this context is held for backward; h is, instead.
 
     What autograd saves of it is computed anew, once, when backward asks. Hooks on saved tensors that are active, such
     as those of activation checkpointing, see everything else, and h.
 
     Args:
-        compute: gives the same values and strides each time.
+        compute: gives the same values and strides each time, of its arguments alone: what a module holds in backward
+            may be something else than in forward (``torch.func.functional_call``).
         enabled: otherwise autograd saves as always.
+
+    Raises:
+        RuntimeError: in backward, h or a weight was written in the meantime.
     """
-    value = compute(h)
+    value = compute(h, *weights)
     if not enabled or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield value
         return
@@ -61,7 +74,9 @@ def recomputed_in_backward(compute: Callable[[Tensor], Tensor], h: Tensor, *, en
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     outer_pack, outer_unpack = hooks or ((lambda tensor: tensor), (lambda tensor: tensor))
     held_h = outer_pack(h.detach())
-    again = _Again(lambda: compute(outer_unpack(held_h)), value)
+    held = [None if weight is None else weight.detach() for weight in weights]
+    inputs = [weight for weight in held if weight is not None] + ([held_h] if hooks is None else [])
+    again = _Again(lambda: compute(outer_unpack(held_h), *held), value, inputs)
     storage = value.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Any:
@@ -70,8 +85,8 @@ def recomputed_in_backward(compute: Callable[[Tensor], Tensor], h: Tensor, *, en
         again.parts += 1
         return _Part(saved.size(), saved.stride(), int(saved.storage_offset()))
 
-    def unpack(held: Any) -> Tensor:
-        return again.part(held) if isinstance(held, _Part) else outer_unpack(held)
+    def unpack(saved: Any) -> Tensor:
+        return again.part(saved) if isinstance(saved, _Part) else outer_unpack(saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield value

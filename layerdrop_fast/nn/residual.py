@@ -22,6 +22,7 @@ class Step(NamedTuple):
     inner_site: Tensor | None = None  # int32 [], of the dropout inside the branch
     # int32 [K]: where K rows are not numbered by ``rows`` in the masks: packed tokens by their place in a padded batch.
     numbers: Tensor | None = None
+    training: bool = False  # whether the layer was in training mode: a recompute may come after stack.eval()
 
     @property
     def mask_rows(self) -> Tensor | None:

@@ -44,7 +44,7 @@ class LayerDropStack(nn.Module):
 
     Shapes:
         x: [B, ...], whatever the layers take; -> the same shape, a new tensor. With ``hidden_states``: (out, L tensors,
-        x as it is behind each layer; behind a dropped layer that is what was before it).
+        x as it is behind each layer; behind a dropped layer that is the very tensor before it, x itself at first).
 
     Args:
         layers: modules called as ``layer(x, *args, **kwargs)`` that return x's successor or a tuple that starts with
@@ -61,7 +61,9 @@ class LayerDropStack(nn.Module):
         seed: an integer in [0, 2**64); None draws one from torch's generator now.
         accumulation: microbatches (training forwards) a step.
         max_kept: None, or at most so many layers (of all samples) are held for backward. Of a forward that keeps more,
-            the first ones are recomputed in backward, in pieces of at most so many: one copy of x a piece instead.
+            the first ones are recomputed in backward, in pieces of at most so many: one copy of x a piece instead. As
+            with ``torch.utils.checkpoint``, they read their weights again: those must be what they were in forward, so
+            it does not go with ``torch.func.functional_call``.
         batch_dims: granularity "sample" gives a layer the kept samples of every argument too: of tensors, also inside
             tuples, lists and dicts, whose first dimension has B elements. ``{"bias": None, 0: 1}`` overrides that, by
             keyword or number of the argument after x: which dimension counts samples, None for none.

@@ -41,8 +41,9 @@ def steps_of(stack: TransformerStack, x: Tensor, turn: Turn, packed: Packed | No
             rows, samples, numbers = _packed_rows(unit, turn, packed, key is not None, x.device)
         for branch in range(unit.unit * per_unit, (unit.unit + 1) * per_unit):
             site, inner = (None, None) if sites is None else sites[branch]
-            rate = 0.0 if key is None else rates[branch // branches]
-            steps[branch] = Step(rows, samples, scale, rate, key, site, inner, numbers)
+            layer = branch // branches
+            rate = 0.0 if key is None else rates[layer]
+            steps[branch] = Step(rows, samples, scale, rate, key, site, inner, numbers, layers[layer].training)
     return steps
 
 

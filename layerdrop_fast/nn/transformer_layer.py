@@ -71,8 +71,9 @@ class TransformerLayer(nn.Module):
 
     The state dict has the names of ``nn.TransformerEncoderLayer``, with cross_attention ``nn.TransformerDecoderLayer``;
     "swiglu" doubles the rows of ``linear1`` (gate, value), grouped heads shorten ``self_attn.in_proj_weight``, and
-    ``layer_scale1..`` exist where asked for. Hooks on the linear maps and norms inside do not run, those of the layer
-    do: in a TransformerStack they see that stack's own stream and a branch that is still to be added.
+    ``layer_scale1..`` exist where asked for. Hooks on the linear maps and norms inside do not run, and a module put in
+    the place of a linear map is refused (TypeError), parametrizations work. Hooks of the layer run: in a
+    TransformerStack they see its stream, and a branch that is still to be added to it.
 
     Randomness: called alone while training, masks come from four words of torch's generator a call; in a stack from its
     counters. Masks of attention weights are those of ``scaled_dot_product_attention``, from torch's generator.
@@ -228,44 +229,51 @@ class TransformerLayer(nn.Module):
         """What a branch adds, before dropout and residual scale. h: without the affine of ``norm``."""
         factors = getattr(self, f"layer_scale{branch + 1}")
         if branch == self.num_branches - 1:
+            _check_plain("linear1", self.linear1)
+            _check_plain("linear2", self.linear2)
             u = linear(h, self.linear1.weight, self.linear1.bias, norm)
             dropout: dict[str, Any] = {
-                "dropout_p": self._rate(self.activation_dropout, step),
+                "dropout_p": self.activation_dropout if step.training and step.key is not None else 0.0,
                 "key": step.key,
                 "site": step.inner_site,
             }
             weight, bias = _scaled(self.linear2, factors)
             return ops.act_linear(u, weight, bias, activation=self.activation, rows=step.mask_rows, **dropout)
         if branch == 0:
-            attend = visit.attend.of(step.rows, step.samples)
+            _check_plain("self_attn.out_proj", self.self_attn.out_proj)
+            attend = visit.attend.of(step.rows, step.samples)._replace(training=step.training)
             y = self.self_attn.attend_to_itself(h, norm, attend, self.recompute == "qkv", visit.cache)
             return nn.functional.linear(y, *_scaled(self.self_attn.out_proj, factors))
         assert self.multihead_attn is not None
         assert memory is not None
-        y = self.multihead_attn.attend_to(h, norm, memory, step.rows, visit.memory_attend.of(step.rows))
+        _check_plain("multihead_attn.out_proj", self.multihead_attn.out_proj)
+        attend = visit.memory_attend.of(step.rows)._replace(training=step.training)
+        y = self.multihead_attn.attend_to(h, norm, memory, step.rows, attend)
         return nn.functional.linear(y, *_scaled(self.multihead_attn.out_proj, factors))
 
     def _norm(self, branch: int) -> nn.Module:
         return self.get_submodule(f"norm{branch + 1}")
 
-    def _rate(self, p: float, step: Step) -> float:
-        return p if self.training and step.key is not None else 0.0
-
     def _steps_alone(self, x: Tensor) -> list[Step]:
         """All branches for all samples, with masks from torch's generator."""
         if not self.training or not (self.dropout or self.activation_dropout):
-            return [Step()] * self.num_branches
+            return [Step(training=self.training)] * self.num_branches
         key = torch.randint(-(1 << 31), 1 << 31, (4,), dtype=torch.int32, device=x.device)
         sites = torch.arange(SITES_PER_BRANCH * self.num_branches, dtype=torch.int32, device=x.device)
         pairs = (sites + ops.FIRST_DROPOUT_SITE).view(-1, SITES_PER_BRANCH).unbind()
-        return [Step(None, None, None, self.dropout, key, site, inner) for site, inner in (p.unbind() for p in pairs)]
+        alike = Step(dropout_p=self.dropout, key=key, training=True)
+        return [alike._replace(site=site, inner_site=inner) for site, inner in (pair.unbind() for pair in pairs)]
 
     def check(self, x: Tensor, memory: Tensor | None) -> None:
         """What the layer is called with.
 
         Raises:
-            ValueError: x is not [B, S, D], memory not [B, T, D], or there is none, or no use for it.
+            ValueError: x is not [B, S, D], memory not [B, T, D], or there is none, or no use for it. TypeError: one
+                is no tensor.
         """
+        for name, value in (("x", x), ("memory", memory)):
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"x: got {list(x.shape)}, expected [B, S, {self.d_model}]")
         if (memory is None) != (self.multihead_attn is None):
@@ -297,7 +305,7 @@ class TransformerLayer(nn.Module):
         device = x.device.type
         like = x.new_empty(0, dtype=torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x[:0]
         shape = (batch, heads, length, past + length)
-        mask, is_causal = attention_mask("attn_mask", attn_mask, key_padding_mask, is_causal, shape, like)
+        mask, is_causal = attention_mask("", attn_mask, key_padding_mask, is_causal, shape, like)
         tables = None
         if self.rope_theta is not None:
             if position_ids is None:
@@ -306,11 +314,15 @@ class TransformerLayer(nn.Module):
                 raise ValueError(
                     f"position_ids: got {list(position_ids.shape)}, expected [{length}] or [{batch}, {length}]"
                 )
+            elif position_ids.device != x.device:
+                raise ValueError(f"position_ids: got a tensor on {position_ids.device}, expected one on {x.device}")
             tables = rotary_tables(position_ids, self.self_attn.head_dim, self.rope_theta, accumulator(x.dtype))
         if memory is None:
+            if memory_mask is not None or memory_key_padding_mask is not None:
+                raise ValueError("memory_mask, memory_key_padding_mask: got one without memory, expected none")
             return Attend(mask, is_causal, tables), Attend()
         shape = (batch, heads, length, memory.shape[1])
-        memory_mask, _ = attention_mask("memory_mask", memory_mask, memory_key_padding_mask, False, shape, like)
+        memory_mask, _ = attention_mask("memory", memory_mask, memory_key_padding_mask, False, shape, like)
         return Attend(mask, is_causal, tables), Attend(memory_mask)
 
     @classmethod
@@ -347,6 +359,15 @@ def _affine(h: Tensor, norm: nn.Module | None) -> Tensor:
     weight, bias = cast(Tensor, norm.weight), getattr(norm, "bias", None)
     scaled = h * weight if bias is None else torch.addcmul(bias, h, weight)
     return scaled.to(h.dtype)
+
+
+def _check_plain(name: str, end: nn.Module) -> None:
+    """Another linear map in its place, such as a LoRA adapter's, would be ignored."""
+    if type(end).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"{name}: got a {type(end).__name__}, expected an nn.Linear, of which the layer reads the weights and does "
+            "not call the forward: change the weights, as torch.nn.utils.parametrize does"
+        )
 
 
 def _put(x: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from layerdrop_fast._checks import check_choice, check_count
 from layerdrop_fast.nn.alike import alike
@@ -206,23 +207,26 @@ class TransformerStack(LayerDropStack):
         """The stack on a batch.
 
         Args:
-            attn_mask: [S, S], [B, S, S] or [B or 1, nhead or 1, S, S]; bool, True where NOT attended (as in
+            attn_mask: [S, T], [B, S, T] or [B or 1, nhead or 1, S, T], T = S; bool, True where NOT attended (as in
                 ``nn.MultiheadAttention``), or float, added to the scores.
-            key_padding_mask: [B, S], the same: True at padding.
+            key_padding_mask: [B, T], the same: True at padding.
             is_causal: position s attends to 0..s.
             memory_mask, memory_key_padding_mask: the same for ``memory``.
-            position_ids: int64 [S] or [B, S] (packed [N]), for rotary positions; None: 0..S - 1 in each sample.
+            position_ids: int64 [S] or [B, S] (packed [N]), for rotary positions; None: 0..S - 1 in each sample, behind
+                what a cache has read. Without ``rope_theta`` it has no effect.
             cu_seqlens: int [B + 1], on the host: x is [1, N, D], the tokens of B sequences behind one another, and
                 sequence b has those from cu_seqlens[b] up to cu_seqlens[b + 1]. Decisions are one a sequence; results
                 and masks are those of the padded batch.
             max_seqlen: length of that padded batch, which numbers the masks; None: of the longest sequence.
-            cache: evaluation only: x continues what the cache has read; x is read into it too.
+            cache: evaluation only: x continues what the cache has read; x is read into it too. Masks are then those of
+                all T = ``cache.length`` + S positions, and x attends to all of them that they leave.
 
         Returns:
             The stream behind the last layer; with ``hidden_states`` (stream, L tensors).
 
         Raises:
-            ValueError: a shape is wrong, or arguments that exclude each other; nothing has changed then.
+            ValueError, TypeError: a shape, dtype or device is wrong, or arguments exclude each other; nothing has
+                changed then.
         """
         if torch.compiler.is_compiling():
             given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -264,8 +268,11 @@ class TransformerStack(LayerDropStack):
 
     def _check_cache(self, cache: KVCache, x: Tensor) -> int:
         """The positions that the cache has read."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache")
         if self.training:
             raise ValueError("cache: got one while training, expected stack.eval()")
+        cache.enter(self, x.shape[0])
         if cache.length + x.shape[1] > cache.max_len:
             raise ValueError(
                 f"cache: got {cache.length} positions read and {x.shape[1]} new ones, expected at most {cache.max_len}"
@@ -277,6 +284,9 @@ class TransformerStack(LayerDropStack):
     ) -> tuple[Tensor, list[Tensor]]:
         inputs: Inputs = kwargs["inputs"]
         steps = steps_of(self, x, turn, inputs.packed)
+        if inputs.packed is not None and self.max_kept is not None:
+            # Sequences differ in length: a bound on what is held for backward counts tokens.
+            turn, batch = inputs.packed.in_tokens(turn), x.shape[0]
         return super()._run(x, turn, batch, args, {"inputs": dataclasses.replace(inputs, steps=steps)})
 
     def _run_piece(
@@ -331,13 +341,15 @@ class TransformerStack(LayerDropStack):
         self._compiled = torch.compile(self._run_layers, *args, **({"fullgraph": True} | keywords))
 
     def __getstate__(self) -> dict[str, Any]:
-        # The compiled function is bound to this stack: a copy is not compiled.
-        return super().__getstate__() | {"_compiled": None}  # type: ignore[no-any-return, no-untyped-call]
+        # A copy would run the layers of this stack. As with ``nn.Module.compile``, it is not compiled.
+        return super().__getstate__() | {"_compiled": None}  # type: ignore[no-untyped-call, no-any-return]
 
     @property
     def _owns_stream(self) -> bool:
         """Whether the stream may be written in place, since nobody but the layers sees it."""
-        return self._compiled is None and not self.hidden_states and not any(_is_enclosed(x) for x in self.layers)
+        if self._compiled is not None or self.hidden_states or any(_is_enclosed(layer) for layer in self.layers):
+            return False
+        return torch._C._functorch.peek_interpreter_stack() is None  # torch.func
 
     @property
     def always_rows(self) -> bool:
@@ -376,4 +388,5 @@ class TransformerStack(LayerDropStack):
 def _is_enclosed(layer: nn.Module) -> bool:
     """Whether something may stand between the stack and the layer: a checkpoint, FSDP, a compiled region, a hook."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is not TransformerLayer or "forward" in vars(layer) or is_compiled(layer) or bool(hooks)
+    hooked = bool(hooks) or modules._has_any_global_hook()
+    return type(layer) is not TransformerLayer or hooked or "forward" in vars(layer) or is_compiled(layer)

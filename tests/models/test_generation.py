@@ -121,7 +121,7 @@ def test_a_cache_that_is_too_small_or_used_in_training_is_refused():
     model(tokens(), cache=cache)
     with pytest.raises(ValueError, match="got 7 positions read and 2 new ones, expected at most 8"):
         model(tokens(length=2), cache=cache)
-    with pytest.raises(ValueError, match="x has 2 samples and the cache 3, expected as many"):
+    with pytest.raises(ValueError, match="cache: got x of 2 samples, expected 3, as the cache has read"):
         model(tokens(2, 1), cache=cache)
     assert cache.length == 7
     with pytest.raises(ValueError, match=r"cache: got one while training, expected stack.eval\(\)"):

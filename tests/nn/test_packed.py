@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from layerdrop_fast import set_step
+from layerdrop_fast import KVCache, set_step
 from layerdrop_fast.memory import saved_bytes
 from layerdrop_fast.nn.packed import Packed
 from tests.nn.transformer import WIDTH, assert_same, results, stack, tensor
@@ -78,9 +78,22 @@ def test_empty_sequences_and_positions():
     assert torch.equal(model(x, cu_seqlens=[0, 0, 2, 2, 5], max_seqlen=4), first)
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_positions_of_packed_tokens(granularity):
+    model = stack(granularity=granularity, rope_theta=10.0)
+    positions = torch.arange(9) * torch.tensor([[1], [3], [2], [5]])
+    for given in (positions[VALID], positions[VALID][None]):
+        set_step(model, 0)
+        ours = packed(model, PADDED, position_ids=given)
+        set_step(model, 0)
+        torch.testing.assert_close(ours, padded(model, PADDED, position_ids=positions))
+
+
 def test_what_packed_rows_exclude():
     model = stack()
     with pytest.raises(ValueError, match=r"got x \[1, 15, 12\] and \['key_padding_mask'\], expected x \[1, N, D\]"):
         model(PADDED[VALID][None], cu_seqlens=ENDS, key_padding_mask=torch.zeros(1, 15, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"and \['cache'\], expected x \[1, N, D\]"):
+        model.eval()(PADDED[VALID][None], cu_seqlens=ENDS, cache=KVCache(15))
     with pytest.raises(ValueError, match="cu_seqlens: got a tensor on meta, expected one on the host"):
         Packed(torch.tensor(ENDS, device="meta"), 15, None)

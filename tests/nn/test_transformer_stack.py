@@ -34,6 +34,7 @@ SHAPES = {
     "RMSNorm, SwiGLU, no biases": {"norm": "rmsnorm", "activation": "swiglu", "bias": False},
     "post-norm RMSNorm, SiLU": {"norm_first": False, "norm": "rmsnorm", "activation": "silu"},
     "dropout": {"dropout": 0.3, "activation_dropout": 0.2, "activation": "relu"},
+    "dropout inside a branch alone": {"activation_dropout": 0.3},
     "post-norm dropout": {"norm_first": False, "dropout": 0.3, "activation_dropout": 0.2},
     "grouped heads, rotary": {"num_kv_heads": 1, "rope_theta": 100.0},
     "layer scale": {"layer_scale": 0.3},
@@ -67,9 +68,11 @@ def test_equals_the_pure_pytorch_stack(shape, target, granularity):
     ("granularity", "scale"),
     [("batch", "inverse"), ("batch", "eval"), ("sample", "inverse"), ("sample", "realized"), ("sample", "none")],
 )
-def test_schedules_samplings_and_scales(granularity, scale, sampling):
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_schedules_samplings_and_scales(norm_first, granularity, scale, sampling):
     schedule = DropSchedule(4, linear(0.9))
-    model = stack(schedule=schedule, granularity=granularity, scale=scale, sampling=sampling)
+    keywords = {"granularity": granularity, "scale": scale, "sampling": sampling, "norm_first": norm_first}
+    model = stack(schedule=schedule, **keywords)
     if scale == "eval":
         model.eval()
         assert_same(results(model, model, X), results(lambda x: reference(model, x)[-1], model, X))
