@@ -239,7 +239,7 @@ def test_an_interrupted_forward_leaves_no_trace():
 
 def test_a_reentrant_checkpoint_of_more_than_the_stack_is_refused():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), stack())
-    with pytest.raises(RuntimeError, match="0 of its forwards may be meant.* give a reentrant checkpoint nothing but"):
+    with pytest.raises(RuntimeError, match=r"0 of its forwards may be meant.* give a reentrant checkpoint nothing but"):
         checkpoint(model, X, use_reentrant=True).sum().backward()
     model.zero_grad()
     set_step(model, 0)
@@ -339,3 +339,15 @@ def test_a_stream_keeps_its_dtype_and_rotary_tables_are_no_coarser_than_float32(
             assert model(x).dtype == dtype
         assert model.layers[0].attention(x, None)[0].rotary[0].dtype == torch.float32
     assert model.layers[0].attention(X, None)[0].rotary[0].dtype == torch.float64
+
+
+def test_a_stack_that_grew_after_a_forward_has_masks_for_its_new_layers():
+    model, other = stack(2, dropout=0.3), stack(5, dropout=0.3, schedule=0.0)
+    model(X)
+    model.layers.extend(other.layers[2:])
+    model.schedule = other.schedule
+    model.reset_stats()
+    other.load_state_dict(model.state_dict())
+    for ours, theirs in zip(model.layers, other.layers, strict=True):
+        theirs.norm1.eps, theirs.norm2.eps = ours.norm1.eps, ours.norm2.eps
+    assert torch.equal(model(X), other(X))
