@@ -97,3 +97,12 @@ def test_what_packed_rows_exclude():
         model.eval()(PADDED[VALID][None], cu_seqlens=ENDS, cache=KVCache(15))
     with pytest.raises(ValueError, match="cu_seqlens: got a tensor on meta, expected one on the host"):
         Packed(torch.tensor(ENDS, device="meta"), 15, None)
+
+
+def test_attention_dropout_of_packed_rows_and_places_beyond_32_bits():
+    model, without = stack(schedule=0.0, attention_dropout=0.5), stack(schedule=0.0)
+    found = [packed(m.train(mode), PADDED) for m in (model, without) for mode in (True, False)]
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    with pytest.raises(ValueError, match=r"2 sequences of 1073741824: expected less than 2\^31 places"):
+        Packed([0, 1 << 30, 1 << 30], 1 << 30, None)

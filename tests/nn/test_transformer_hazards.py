@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layerdrop_fast import KVCache, TransformerStack, prune, set_step
 from layerdrop_fast.memory import saved_bytes
+from layerdrop_fast.nn.recompute import recomputed_in_backward
 from tests.nn.transformer import BATCH, LENGTH, SOURCE, WIDTH, assert_same, next_plan, reference, results, stack, tensor
 
 X = tensor(BATCH, LENGTH, WIDTH).requires_grad_()
@@ -339,3 +341,41 @@ def test_a_stream_keeps_its_dtype_and_rotary_tables_are_no_coarser_than_float32(
             assert model(x).dtype == dtype
         assert model.layers[0].attention(x, None)[0].rotary[0].dtype == torch.float32
     assert model.layers[0].attention(X, None)[0].rotary[0].dtype == torch.float64
+
+
+def test_a_stack_that_grew_after_a_forward_has_masks_for_its_new_layers():
+    model, other = stack(2, dropout=0.3), stack(5, dropout=0.3, schedule=0.0)
+    model(X)
+    model.layers.extend(other.layers[2:])
+    model.schedule = other.schedule
+    model.reset_stats()
+    other.load_state_dict(model.state_dict())
+    for ours, theirs in zip(model.layers, other.layers, strict=True):
+        theirs.norm1.eps, theirs.norm2.eps = ours.norm1.eps, ours.norm2.eps
+    assert torch.equal(model(X), other(X))
+
+
+def test_packed_sequences_that_fit_the_bound_are_not_recomputed():
+    """Half the sequences of 8 layers are as many tokens as 4 layers have."""
+    x, ends = tensor(1, 64, WIDTH).requires_grad_(), [0, 16, 32, 48, 64]
+    keywords = {"granularity": "sample", "sampling": "systematic", "schedule": 0.5}
+    held = [saved_bytes(stack(8, **keywords, max_kept=m), x, cu_seqlens=ends) for m in (None, 4)]
+    assert held[0] == held[1]
+
+
+def test_what_is_recomputed_is_made_once_and_let_go():
+    made = []
+
+    def compute(h):
+        value = h * 2
+        made.append(weakref.ref(value))
+        return value
+
+    with recomputed_in_backward(compute, X, enabled=True) as value:
+        out = value * value
+    del value
+    assert made[0]() is None
+    for backward in range(2):
+        out.sum().backward(retain_graph=True)
+        assert len(made) == 2 + backward
+        assert made[-1]() is None

@@ -63,6 +63,15 @@ def test_equals_the_pure_pytorch_stack(shape, target, granularity):
     compare(stack(**SHAPES[shape], target=target, granularity=granularity))
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+@pytest.mark.parametrize("target", ["layer", "branch"])
+def test_layers_may_differ_in_their_dropout(target, granularity):
+    model = stack(target=target, granularity=granularity, schedule=0.2)
+    for number, layer in enumerate(model.layers):
+        layer.dropout, layer.activation_dropout = 0.2 * number, 0.5 - 0.1 * number
+    compare(model)
+
+
 @pytest.mark.parametrize("sampling", ["bernoulli", "systematic"])
 @pytest.mark.parametrize(
     ("granularity", "scale"),
