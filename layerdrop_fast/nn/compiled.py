@@ -47,7 +47,9 @@ def compilable(x: Tensor, y: Tensor | None, visit: Visit) -> tuple[Tensor | None
     if y is None:
         none = torch.empty(0, dtype=torch.int32, device=x.device)
         y = x.new_empty(0, *x.shape[1:]).requires_grad_(torch.is_grad_enabled())
-        visit = visit._replace(before=steps[0]._replace(rows=none))
+        # Tensors of its own: a graph guards on which of its inputs are the same tensor.
+        site, scale = (None if value is None else value.clone() for value in (steps[0].site, steps[0].scale))
+        visit = visit._replace(before=steps[0]._replace(rows=none, site=site, scale=scale))
     mark_unbacked(y, 0)
     for step in (visit.before, *steps):
         if step is not None and step.rows is not None:

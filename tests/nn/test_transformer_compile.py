@@ -62,7 +62,26 @@ def test_compiled_layers_share_graphs_whose_number_does_not_depend_on_depth_or_p
         assert_equal_steps(compiled, eager, range(8), is_causal=True)
         graphs.append(counter.frame_count)
     # At granularity "batch" the first kept layer has no branch before it, which makes a graph of its own.
-    assert graphs == [2, 2] if granularity == "batch" and kind != "post-norm" else [1, 1]
+    expected = 2 if granularity == "batch" and kind != "post-norm" else 1
+    assert graphs == [expected, expected]
+
+
+@pytest.mark.parametrize("scale", ["none", "inverse"])
+def test_compiled_layers_are_one_graph_for_all_numbers_of_kept_samples(scale):
+    compiled = same_eps(stack(3, granularity="sample", dropout=0.2, scale=scale, schedule=[0.3, 0.6, 0.5]))
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in compiled.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    assert len(next_plan(compiled).layers) == 3
+    seen = set()
+    for step in range(150):
+        seen |= {tuple(count for count in next_plan(compiled).kept_counts if count)}
+        compiled(X).sum().backward()
+        if step == 0:
+            graphs = counter.frame_count
+    # With scalars among its inputs torch calls the backend a second time for the same graph.
+    assert counter.frame_count == graphs == (1 if scale == "none" else 2)
+    assert len(seen) > 50
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])

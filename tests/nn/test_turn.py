@@ -1,5 +1,7 @@
 """How a forward is cut into pieces of bounded memory."""
 
+import math
+import random
 from itertools import pairwise
 
 import pytest
@@ -41,3 +43,13 @@ def test_pieces_fit_and_are_no_more_than_needed(bound):
     # None has room for the unit before it.
     assert all(sum(after) + before[-1] > bound for before, after in pairwise(found))
     assert sum(recomputed) == len(found) - 1
+
+
+@pytest.mark.parametrize("max_kept", [1, 2, 3, 5])
+def test_copies_of_the_stream_are_those_of_layers_that_all_samples_keep(max_kept):
+    """At most ceil((kept - m) / m), of layers that any sample keeps: each piece has room for m of them."""
+    batch, generator = 8, random.Random(0)
+    for _ in range(300):
+        sizes = [generator.randint(1, batch) for _ in range(generator.randint(1, 20))]
+        _, recomputed = cut(sizes, max_kept * batch)
+        assert sum(recomputed) <= max(0, math.ceil((len(sizes) - max_kept) / max_kept))
