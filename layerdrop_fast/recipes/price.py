@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from layerdrop_fast._checks import check_count, check_rate
 from layerdrop_fast.memory import saved_bytes
 from layerdrop_fast.nn import LayerDropStack, TransformerLayer, TransformerStack, set_step
-from layerdrop_fast.recipes.peers import Masked, Skip
+from layerdrop_fast.recipes.bench.peers import Masked, Skip
 
 RULES = {
     "dense": "every layer runs",

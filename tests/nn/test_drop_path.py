@@ -8,7 +8,7 @@ from torch import nn
 
 from layerdrop_fast import DropPath, LayerDropStack, StochasticDepth, drop_path, stochastic_depth
 from layerdrop_fast.memory import saved_bytes
-from layerdrop_fast.recipes.peers import Masked
+from layerdrop_fast.recipes.bench.peers import Masked
 from tests.nn.residual import X
 
 SHAPES = [(1,), (7, 3), (1, 5, 2), (63, 1, 4), (0, 3)]

@@ -8,7 +8,7 @@ import torch
 
 from layerdrop_fast import LayerDropStack, TransformerLayer, TransformerStack
 from layerdrop_fast.recipes import price
-from layerdrop_fast.recipes.peers import Masked, Skip
+from layerdrop_fast.recipes.bench.peers import Masked, Skip
 from layerdrop_fast.recipes.price import RULES, PriceRow, format_price, measure_price, price_tasks
 
 TINY = {"layers": 6, "d_model": 8, "dim_feedforward": 16, "nhead": 2, "batch": (2, 4), "repeats": 2}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from layerdrop_fast import LayerDropModuleList, LayerDropStack
-from layerdrop_fast.recipes.peers import Masked, Skip
+from layerdrop_fast.recipes.bench.peers import Masked, Skip
 
 
 class Counting(nn.Module):

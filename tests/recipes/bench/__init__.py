@@ -1,0 +1,1 @@
+"""Rules of other libraries, by what those publish and by what is installed."""
