@@ -1,19 +1,62 @@
 """The rules that other libraries drop layers by, restated so that they can be timed beside ours.
 
-Each keeps to the published rule, in what it draws, what it computes and what it saves. ``outcome`` then overrides what
-was drawn, at the cost of one small copy, so that several rules can be measured on the same kept layers.
+Each keeps to the published rule, in what it draws, what it computes and what it saves. ``outcome`` or ``keep`` then
+overrides what was drawn, at the cost of one small copy, so that several rules can be measured on the same decisions.
+
+    Masked          timm, torchvision   runs all, multiplies each branch by a mask
+    Skip            fairseq             runs the kept layers
+    RunAndDiscard   fairseq2            runs all, discards the outputs of dropped layers
+    SampleSkip      torchtune           runs a layer on the kept samples
+    Subset          DINOv2              runs a branch on a fixed number of samples
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerdrop_fast._checks import check_rate
+from layerdrop_fast._checks import check_integer, check_rate, check_word
 
 MODES = ("row", "batch")
+
+# Stands for the uniform number of a kept layer: above every drop rate, 1 too.
+KEPT = 2.0
+
+
+def _indices(given: Tensor | Sequence[int], name: str) -> Tensor:
+    """Distinct indices, as an int64 tensor [k] in the order given; a tensor stays on its device."""
+    if isinstance(given, Tensor):
+        if given.dtype != torch.int64:
+            raise TypeError(f"{name}: got {given.dtype}, expected torch.int64")
+        if given.dim() != 1:
+            raise ValueError(f"{name}: got {list(given.shape)}, expected [k]")
+        indices = given.detach().clone()
+    else:
+        indices = torch.tensor([check_integer(index, f"an index in {name}") for index in given], dtype=torch.int64)
+    values = indices.tolist()
+    if len(set(values)) < len(values) or min(values, default=0) < 0:
+        raise ValueError(f"{name}: got {values}, expected distinct indices from 0 on")
+    return indices
+
+
+def _check_last(indices: list[int], name: str, count: int) -> None:
+    if indices and max(indices) >= count:
+        raise ValueError(f"{name}: got index {max(indices)}, expected indices below {count}")
+
+
+def _numbers(layers: Tensor | Sequence[int], count: int) -> Tensor:
+    """In place of ``count`` uniform numbers: float32 [count] that keep exactly ``layers``."""
+    kept = _indices(layers, "layers").cpu()
+    _check_last(kept.tolist(), "layers", count)
+    return torch.zeros(count, device="cpu").index_fill_(0, kept, KEPT)
+
+
+def _check_drawn(p: float) -> None:
+    if p == 0:
+        raise ValueError("p is 0, where nothing is drawn, expected p in (0, 1] to override what is drawn")
 
 
 class Masked(nn.Module):
@@ -86,9 +129,206 @@ class Skip(nn.ModuleList):
             if not self.training or uniform[index] > self.p:
                 yield layer
 
-    def keep(self, layers: Sequence[int] | None) -> None:
-        """Makes iterations yield exactly ``layers``, at any p below 1; None: those drawn."""
-        if layers is None:
-            self.outcome = None
-        else:
-            self.outcome = torch.zeros(len(self)).index_fill_(0, torch.tensor(layers, dtype=torch.int64), 1.0)
+    def keep(self, layers: Tensor | Sequence[int] | None) -> None:
+        """Makes iterations yield exactly ``layers``, int64 [k] or a sequence, while training; None: those drawn."""
+        self.outcome = None if layers is None else _numbers(layers, len(self))
+
+
+class _Discard(torch.autograd.Function):
+    """x, with ``dropped`` in the graph all the same: its gradient is zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(grad)
+
+
+class RunAndDiscard(nn.ModuleList):
+    """fairseq2's ``layer_drop_p``: run every layer, and pass on the input of a dropped one in place of its output.
+
+        x[l + 1] = layer_l(x[l])   if u[l] > p
+                   x[l]            otherwise, with gradient 0 for layer_l(x[l])
+
+    The graph is that of the dense model, whatever is drawn: each layer saves what it always saves, its backward runs
+    on zeros, and every weight gets a gradient. Nothing is scaled.
+
+    Shapes:
+        x: [B, ...] -> the same shape, as the layers have it.
+
+    Args:
+        p: drop rate in [0, 1].
+        layers: the layers.
+        generator: a CPU generator to draw from; None: torch's.
+
+    Randomness: one vector of L uniform numbers a call on the CPU, while training and at p > 0. Each becomes a Python
+    float before it is compared with p, so that p is not rounded to float32, as it is in ``Skip``.
+
+    Source: Fan, Grave, Joulin 2019; fairseq2's ``models/transformer/encoder.py`` (decoder alike).
+    """
+
+    def __init__(self, p: float, layers: Iterable[nn.Module], generator: torch.Generator | None = None) -> None:
+        super().__init__(layers)
+        self.p = check_rate(p, "drop rate p")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator is on {generator.device}, expected one on cpu")
+        self.generator = generator
+        self.outcome: Tensor | None = None  # float32 [L]: numbers in place of those drawn
+
+    def forward(self, x: Tensor) -> Tensor:
+        uniform = None
+        if self.training and self.p > 0:
+            uniform = torch.rand(len(self), generator=self.generator, device="cpu")
+            if self.outcome is not None:
+                uniform.copy_(self.outcome)
+        for index, layer in enumerate(self):
+            dropped = uniform is not None and float(uniform[index]) <= self.p
+            out = layer(x)
+            x = _Discard.apply(x, out) if dropped else out  # type: ignore[no-untyped-call]
+        return x
+
+    def keep(self, layers: Tensor | Sequence[int] | None) -> None:
+        """Makes training calls keep exactly ``layers``, int64 [k] or a sequence; None: those drawn. Needs p > 0."""
+        if layers is not None:
+            _check_drawn(self.p)
+        self.outcome = None if layers is None else _numbers(layers, len(self))
+
+
+class SampleSkip(nn.Module):
+    """torchtune's ``LayerDropout``: call the layer on the kept samples only, and write the result into a copy of x.
+
+        y = clone of x,   y[kept] = function(x[kept]),   kept = {i : m[i] = 0},   m[i] ~ Bernoulli(p)
+
+    m is drawn on the CPU, moved to x's device and dtype, and the host then waits for the number of kept samples. Where
+    none is kept, the function is not called and y is the copy of x. In evaluation and at p = 0, y = function(x).
+    Nothing is scaled. ``inferred`` is the share that the last call kept, a tensor on x's device.
+
+    Shapes:
+        x: [B, ...] -> the same shape; the function takes and returns [k, ...] for any k from 1 to B.
+
+    Args:
+        p: drop rate in [0, 1].
+        seed: of this module's generator, an integer in [0, 2**64) (torchtune gives layer l the seed l); None: torch's
+            default seed, the same for all modules.
+
+    Randomness: B numbers a call from a private CPU generator, while training and at p > 0; a state dict does not hold
+    its state.
+
+    Source: Elhoushi et al. 2024 (LayerSkip), section 4.1; torchtune's ``modules/layer_dropout.py``.
+    """
+
+    def __init__(self, p: float, seed: int | None = None) -> None:
+        super().__init__()
+        self.p = check_rate(p, "drop rate p")
+        self.generator = torch.Generator(device="cpu")
+        if seed is not None:
+            self.generator.manual_seed(check_word(seed, "seed"))
+        self.inferred: float | Tensor = 1.0
+        self.kept: Tensor | None = None  # int64 [k], on the CPU: rows in place of those drawn
+        self.outcome: Tensor | None = None  # float32 [B]: the mask that keeps them
+
+    def mask(self, samples: int) -> Tensor:
+        """m, float32 [samples] on the CPU: 1 drops."""
+        mask = torch.bernoulli(torch.full([samples], self.p, device="cpu"), generator=self.generator)
+        if self.kept is not None:
+            if self.outcome is None or len(self.outcome) != samples:
+                _check_last(self.kept.tolist(), "rows", samples)
+                self.outcome = torch.ones(samples, device="cpu").index_fill_(0, self.kept, 0.0)
+            mask.copy_(self.outcome)
+        return mask
+
+    def forward(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            self.inferred = 1.0
+            return function(x)
+        mask = self.mask(x.shape[0]).to(x.device).to(x.dtype)
+        self.inferred = 1 - mask.mean()
+        # Of a single sample an index without dimensions, as published.
+        rows = (mask == 0).nonzero().squeeze()
+        if rows.numel() == 0:
+            return x.clone()
+        out = function(x.index_select(0, rows))
+        y = x.clone()
+        y[rows] = out
+        return y
+
+    def keep(self, rows: Tensor | Sequence[int] | None) -> None:
+        """Makes training calls keep exactly ``rows``, int64 [k] or a sequence; None: those drawn. Needs p > 0.
+
+        The numbers are still drawn, the mask still moves to the device, and its kept rows are still looked for there:
+        they are called in ascending order.
+        """
+        if rows is not None:
+            _check_drawn(self.p)
+        self.kept = None if rows is None else _indices(rows, "rows").cpu()
+        self.outcome = None
+
+
+class Subset(nn.Module):
+    """DINOv2's ``drop_add_residual_stochastic_depth``: run the branch on k of the B samples, add what it returns.
+
+        y = x,   y[r] += (B / k) branch(x[r]),   k = max(floor(B (1 - p)), 1),   r = the first k of a permutation of B
+
+    k is fixed, so that shapes are static and the host waits for nothing; with few samples the rate is not p (B = 1
+    never drops, B = 2 drops half for every p above 0). y is a copy, one for each branch. Each call draws anew, so
+    attention and feed-forward of one layer run on different samples. In evaluation and at p = 0, y = x + branch(x).
+
+    DINOv2's ``Block`` takes this rule only at p > 0.1, and ``DropPath`` (here: ``Masked``) at 0 < p <= 0.1; its list of
+    crops takes it at every p > 0. This class is the subset rule, at every p.
+
+    Shapes:
+        x: [B, ...] -> the same shape; the branch takes and returns [k, ...], B where nothing is dropped.
+
+    Args:
+        p: drop rate in [0, 1].
+
+    Randomness: a permutation of B from torch's generator of x's device a call, while training and at p > 0.
+
+    Source: Oquab et al. 2023 (DINOv2), section 5; its ``layers/block.py``.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = check_rate(p, "drop rate p")
+        self.kept: Tensor | None = None  # int64 [k]: rows in place of those drawn
+        self._values: list[int] = []  # the same on the host
+
+    def count(self, samples: int) -> int:
+        """k for a batch of ``samples``."""
+        return max(int(samples * (1.0 - self.p)), 1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """r for x, int64 [k] on its device."""
+        samples = x.shape[0]
+        count = self.count(samples)
+        rows = torch.randperm(samples, device=x.device)[:count]
+        if self.kept is not None:
+            if len(self._values) != count:
+                raise ValueError(f"keep: got {len(self._values)} rows, expected k = {count} of {samples} samples")
+            _check_last(self._values, "rows", samples)
+            self.kept = self.kept.to(x.device)
+            rows.copy_(self.kept)
+        return rows
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.training or self.p == 0:
+            return x + branch(x)
+        rows, samples = self.rows(x), x.shape[0]
+        residual = branch(x[rows]).flatten(1).to(x.dtype)
+        return x.flatten(1).index_add(0, rows, residual, alpha=samples / self.count(samples)).view_as(x)
+
+    def keep(self, rows: Tensor | Sequence[int] | None) -> None:
+        """Makes training calls take exactly ``rows``, int64 [k] or a sequence, in this order; None: those drawn.
+
+        Needs p > 0. The permutation is still drawn. Rows on another device than x's move there once, in the first call,
+        and the host waits for them; rows on x's device are copied there.
+
+        Raises (the next call):
+            ValueError: rows that are not exactly k, or beyond the batch.
+        """
+        if rows is not None:
+            _check_drawn(self.p)
+        self.kept = None if rows is None else _indices(rows, "rows")
+        self._values = [] if self.kept is None else self.kept.tolist()
