@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from layerdrop_fast.recipes.demo import DENSE_STEPS, Options, run_demo
+from layerdrop_fast._checks import check_rate
+from layerdrop_fast.nn.stack import GRANULARITIES
+from layerdrop_fast.recipes.bench import command
+from layerdrop_fast.recipes.bench.measure import ROUNDS
+from layerdrop_fast.recipes.bench.setting import DTYPES as STREAM_DTYPES
+from layerdrop_fast.recipes.bench.setting import Setting
+from layerdrop_fast.recipes.demo import DENSE_STEPS, Options, device_of, run_demo
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.info import describe
 from layerdrop_fast.recipes.training import Stopped
@@ -32,6 +38,21 @@ Times each kernel of the row ops with tiles and warps next to those that the bui
 agree, and writes what is faster to $XDG_CACHE_HOME/layerdrop_fast/<GPU>.json (~/.cache without XDG_CACHE_HOME). Every
 process that starts later on this GPU uses it; remove the file to go back to the rule. A second run adds to the file.
 """
+BENCH = """\
+Measures one training step (forward, backward, AdamW) of a model of your sizes by every way to drop layers: dense,
+masked as timm does, skipped as fairseq does, and so on, and ours; beside them the limit, a dense model of only the
+layers that are kept. They take turns on the same weights and the same decisions, and nothing is timed before each has
+shown that it computes what it should. Prints a table: time, tokens/s, what is held for backward, the peak, what
+deciding costs.
+"""
+SIZES = {
+    "layers": "depth",
+    "d_model": "width of the stream",
+    "dim_feedforward": "width of the hidden layer",
+    "nhead": "heads",
+    "samples": "samples in a batch",
+    "length": "positions in a sample",
+}
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -42,6 +63,13 @@ def _whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _rate(text: str) -> float:
+    try:
+        return check_rate(float(text), "it")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,49 +127,93 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"), help="(default: bfloat16 float32)"
     )
     tune.add_argument("--file", type=Path, metavar="FILE", help="write there instead")
+    bench = commands.add_parser(
+        "bench",
+        help="what a training step of your sizes costs, by every way to drop layers (minutes)",
+        description=BENCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    step = Setting()
+    for name, what in SIZES.items():
+        bench.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_whole_number(1, 1 << 20),
+            default=getattr(step, name),
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    bench.add_argument("--p", type=_rate, default=step.p, metavar="P", help="drop rate (default: %(default)s)")
+    bench.add_argument("--dropout", type=_rate, default=step.dropout, metavar="P", help="(default: %(default)s)")
+    bench.add_argument("--granularity", choices=GRANULARITIES, default=step.granularity, help="(default: %(default)s)")
+    bench.add_argument("--dtype", choices=tuple(STREAM_DTYPES), default=step.dtype, help="(default: %(default)s)")
+    bench.add_argument("--compiled", action="store_true", help="each layer by torch.compile; also what compiling takes")
+    bench.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU where there is one)")
+    bench.add_argument("--ways", nargs="+", metavar="WAY", help="only these (default: all)")
+    bench.add_argument(
+        "--rounds",
+        type=_whole_number(1, 1000),
+        default=ROUNDS,
+        metavar="N",
+        help="steps of each (default: %(default)s)",
+    )
+    bench.add_argument("--threads", type=_whole_number(1, 4096), metavar="N", help="of the CPU (default: torch's)")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="also write all figures there, as JSON")
     commands.add_parser("info", help="versions, and which backends work here", description="Versions and backends.")
     return parser
 
 
-def _tune(options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> None:
+    names = ("layers", "text", "out", "steps", "seed", "device", "restart")
+    run_demo(Options(**{name: getattr(options, name) for name in names}, price=not options.no_price))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = (*SIZES, "p", "dropout", "granularity", "dtype", "compiled")
+    chosen = {name: getattr(options, name) for name in names}
+    try:
+        setting = Setting(**chosen, device=device_of(options.device).type)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    command.run(command.Options(setting, options.ways, options.rounds, options.out))
+
+
+def _tune(options: argparse.Namespace) -> None:
     if find_spec("triton") is None:
-        print("layerdrop-fast: tune needs Triton, which comes with torch's CUDA and ROCm builds", file=sys.stderr)
-        return 2
+        raise RecipeError("tune needs Triton, which comes with torch's CUDA and ROCm builds")
     from layerdrop_fast.triton import tune
     from layerdrop_fast.triton.configurations import OPS
 
-    wrong = [op for op in options.op or () if op not in OPS]
-    if wrong:
-        print(f"layerdrop-fast: no op {wrong[0]!r}, expected {', '.join(OPS)}", file=sys.stderr)
-        return 2
+    if wrong := [op for op in options.op or () if op not in OPS]:
+        raise RecipeError(f"no op {wrong[0]!r}, expected {', '.join(OPS)}")
     dtypes = [getattr(torch, name) for name in options.dtype]
-    try:
-        tune.run(tune.Options(options.op or OPS, options.channels, dtypes, options.file))
-    except RecipeError as error:
-        print(f"layerdrop-fast: {error}", file=sys.stderr)
-        return 2
-    return 0
+    tune.run(tune.Options(options.op or OPS, options.channels, dtypes, options.file))
+
+
+def _info(options: argparse.Namespace) -> None:
+    print(describe())
+
+
+COMMANDS = {"demo": _demo, "bench": _bench, "tune": _tune, "info": _info}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 2 for something to mend, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    if options.command == "info":
-        print(describe())
-        return 0
-    if options.command == "tune":
-        return _tune(options)
-    chosen = {name: getattr(options, name) for name in ("layers", "text", "out", "steps", "seed", "device", "restart")}
+    resumes = options.command == "demo"
     try:
-        run_demo(Options(**chosen, price=not options.no_price))
+        COMMANDS[options.command](options)
     except RecipeError as error:
         print(f"layerdrop-fast: {error}", file=sys.stderr)
         return 2
     except Stopped:
-        print("\nStopped, and saved. The same command goes on from here.", file=sys.stderr)
+        saved = ", and saved. The same command goes on from here." if resumes else "."
+        print(f"\nStopped{saved}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("\nStopped at once. The same command goes on from the last checkpoint.", file=sys.stderr)
+        saved = " The same command goes on from the last checkpoint." if resumes else ""
+        print(f"\nStopped at once.{saved}", file=sys.stderr)
         return 130
     return 0
 

@@ -63,12 +63,18 @@ def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tens
 
     held: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
+    # In a compiled region these two would be compiled themselves, anew for each kind of tensor.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def pack(tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
         held.add(saved)
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def unpack(saved: _Saved) -> Tensor:
+        return saved.tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         result = function(*args, **kwargs)
     saved = list(held)
     del result  # only now: the graph, and with it what was saved, lives as long as the result

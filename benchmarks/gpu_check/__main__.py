@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check import report
-from benchmarks.gpu_check.check import ROOT, Check, commit, write
+from benchmarks.gpu_check.check import ROOT, Check, write
 
 # Seconds of each, gates first, 530 together; what one leaves over, the next get.
 BUDGETS = {
@@ -147,8 +147,8 @@ def kill_group(leader: int) -> None:
 
 def run_here(name: str, file: Path, dry: bool, seconds: float) -> int:
     """A stage in this process; what it raises is its output."""
-    provenance = importlib.import_module("layerdrop_fast.triton.timing").provenance()
-    check = Check(file, dry, time.monotonic() + seconds, {**provenance, "commit": commit()})
+    provenance = importlib.import_module("layerdrop_fast._provenance").provenance(sys.argv)
+    check = Check(file, dry, time.monotonic() + seconds, provenance)
     check.save({})
     check.save(importlib.import_module(f"benchmarks.gpu_check.{name}").run(check))
     return 0

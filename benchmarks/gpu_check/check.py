@@ -4,8 +4,6 @@ import functools
 import importlib
 import json
 import os
-import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,17 +56,3 @@ def write(file: Path, content: dict[str, Any]) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(file)
-
-
-def commit() -> str:
-    """Of the working tree, or that it is in no repository."""
-    if shutil.which("git") is None:
-        return "unknown: no git"
-    asked = [
-        subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
-    ]
-    if any(done.returncode for done in asked):
-        return "unknown: no repository"
-    head, changes = (done.stdout.strip() for done in asked)
-    return f"{head}{' and changes' if changes else ''}"

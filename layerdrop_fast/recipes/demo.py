@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerdrop_fast._provenance import machine
 from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.recipes import report
+from layerdrop_fast.recipes.bench.measure import Figures, figures_of, measure
+from layerdrop_fast.recipes.bench.setting import Setting
+from layerdrop_fast.recipes.bench.table import table
+from layerdrop_fast.recipes.bench.ways import WAYS
 from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, load_weights, save_checkpoint
 from layerdrop_fast.recipes.evaluation import depth_curve
 from layerdrop_fast.recipes.files import RecipeError, locked, read_bytes, write_atomically
-from layerdrop_fast.recipes.price import RULES, PriceRow, format_price, measure_price, price_tasks
 from layerdrop_fast.recipes.progress import StopSignal, stage
 from layerdrop_fast.recipes.text import Corpus, bigram_bits_per_byte, from_file, standard_library, validation_windows
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Progress, Recipe, Stopped, Training, train
@@ -38,9 +41,9 @@ RECIPES = {"dense": DENSE, "layerdrop": LAYERDROP}
 
 DENSE_STEPS = 1200
 
-# The step whose price is measured: the depth of the paper's largest language model, the rate that it recommends for
-# small models.
-PRICE: dict[str, Any] = {"layers": 40, "d_model": 256, "dim_feedforward": 1024, "batch": (16, 128), "p": 0.5}
+# The ways whose price is measured, at the defaults of Setting: the depth of the paper's largest language model.
+PRICED = ("dense", "masked", "skip", "stack", "ours", "limit")
+PRICE_ROUNDS = 3
 EVALUATION_WINDOWS = 512
 MAX_THREADS = 8  # matrices this small gain nothing from more
 
@@ -188,37 +191,38 @@ class _Demo:
         _remove(unfinished)
         return trained.model, result
 
+    @property
+    def priced(self) -> Setting:
+        return Setting(device=self.device.type, seed=self.options.seed)
+
     def measure_price(self) -> None:
-        if not self.options.price or self._price_rows() is not None:
+        if not self.options.price or self._prices() is not None:
             return
 
         def tell(done: int, total: int, what: str) -> None:
             if self.stop():
                 raise Stopped
-            show(done, what)
+            show(100 * done // total, what)
 
         begun = time.monotonic()
-        with stage("price of a step", price_tasks()) as show:
-            rows = measure_price(**PRICE, device=self.device, seed=self.options.seed, progress=tell)
-        self.metrics["price"] = [asdict(row) for row in rows]
+        with stage("price of a step", 100) as show:
+            figures = measure(self.priced, {name: WAYS[name][1] for name in PRICED}, rounds=PRICE_ROUNDS, tell=tell)
+        self.metrics["price"] = [row.record() for row in figures.values()]
         self.metrics["seconds"]["price"] = time.monotonic() - begun
         self.save_metrics()
 
-    def _price_rows(self) -> list[PriceRow] | None:
-        """The price by today's rules; None where none was measured, or one by other rules."""
-        rows = [PriceRow(**row) for row in self.metrics.get("price", [])]
-        return rows if [row.name for row in rows] == list(RULES) else None
+    def _prices(self) -> dict[str, Figures] | None:
+        """The price of today's ways in today's setting; None where none was measured, or that of others."""
+        records = self.metrics.get("price", [])
+        if [record.get("way") for record in records] != list(PRICED):
+            return None
+        if any(record["setting"] != asdict(self.priced) for record in records):
+            return None
+        return {record["way"]: figures_of(record) for record in records}
 
     def price_table(self) -> str | None:
-        rows = self._price_rows()
-        if rows is None:
-            return None
-        batch, positions = PRICE["batch"]
-        title = (
-            f"One training step of a {PRICE['layers']}-layer model, d {PRICE['d_model']}, FFN "
-            f"{PRICE['dim_feedforward']}, {batch} x {positions} tokens, p = {PRICE['p']}"
-        )
-        return f"{title}\n{format_price(rows)}"
+        figures = self._prices()
+        return None if figures is None else f"One training step: {self.priced.title()}\n{table(figures)}"
 
 
 def _note(progress: Progress) -> str:
@@ -226,18 +230,6 @@ def _note(progress: Progress) -> str:
         f"loss {progress.bits_per_byte:.2f}  {progress.bytes_per_second / 1000:.1f}k tokens/s  "
         f"{progress.kept:2d}/{progress.num_layers} layers"
     )
-
-
-def machine(device: torch.device) -> str:
-    """What a result was measured on, in words."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    name = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].strip() if names else name
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def device_of(name: str | None) -> torch.device:

@@ -8,11 +8,8 @@ Every result is written when it is there; a second call does only what is missin
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,10 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
-from layerdrop_fast.recipes.demo import DENSE_STEPS, EVALUATION_WINDOWS, machine
+from layerdrop_fast._provenance import provenance
+from layerdrop_fast.recipes.demo import DENSE_STEPS, EVALUATION_WINDOWS
 from layerdrop_fast.recipes.evaluation import depth_curve
 from layerdrop_fast.recipes.files import read_bytes, write_atomically
 from layerdrop_fast.recipes.text import bigram_bits_per_byte, standard_library, validation_windows
@@ -70,31 +67,6 @@ def run_trial(name: str, seed: int, size: ModelSize, dense_steps: int) -> dict[s
     }
 
 
-def provenance(command: Sequence[str]) -> dict[str, Any]:
-    """Where and how results were made."""
-    return {
-        "command": " ".join(command),
-        "machine": machine(torch.device("cpu")),
-        "threads": 1,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _commit() -> str:
-    """The commit that this file is of, and whether something stands beside it that is not committed."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip() + (" and uncommitted changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The mean of each trial over its seeds, and each seed's result, by depth and over all depths."""
     depths = shown_depths(max(map(int, results[0]["bits_per_byte"])))
@@ -135,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for future in as_completed(futures):
             results.append(future.result())
             print(f"{results[-1]['trial']}, seed {results[-1]['seed']}: {results[-1]['bits_per_byte']}", flush=True)
-            content = {"provenance": provenance(command), "results": results}
+            content = {"provenance": {**provenance(command), "threads": "1"}, "results": results}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
     print(markdown(results))

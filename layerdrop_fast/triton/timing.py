@@ -5,20 +5,13 @@ says nothing about a GPU.
 """
 
 import contextlib
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-
-from layerdrop_fast import __version__
 
 WARM_UP = 3
 # A graph whose calls move so many bytes takes far longer than the microsecond that events resolve.
@@ -162,20 +155,3 @@ def check_agreement(what: str, got: Sequence[Tensor], expected: Sequence[Tensor]
 def listed(returned: Any) -> list[Tensor]:
     """What an op returns, however many there are."""
     return [] if returned is None else [returned] if isinstance(returned, Tensor) else list(returned)
-
-
-def provenance() -> dict[str, str]:
-    """What a number that is measured here was measured on."""
-    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    asked = subprocess.run(driver, capture_output=True, text=True, check=False) if shutil.which(driver[0]) else None
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: Triton's interpreter",
-        "driver": asked.stdout.strip() if asked and not asked.returncode else "unknown",
-        "cuda or rocm": str(torch.version.cuda or torch.version.hip),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "layerdrop_fast": __version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }

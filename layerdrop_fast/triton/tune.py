@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
+from layerdrop_fast._provenance import provenance
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.progress import stage
 from layerdrop_fast.triton.configurations import (
@@ -29,7 +30,7 @@ from layerdrop_fast.triton.configurations import (
 )
 from layerdrop_fast.triton.norm_linear import PART
 from layerdrop_fast.triton.row_work import RowWork
-from layerdrop_fast.triton.timing import Device, check_agreement, listed, provenance, spread
+from layerdrop_fast.triton.timing import Device, check_agreement, listed, spread
 
 CHANNELS = (1024, 2048, 4096)
 MOST_THREADS, MOST_TILE = 1024, 64 << 10
@@ -100,7 +101,7 @@ def tune(options: Options, device: Device) -> Iterator[Found]:
         work = RowWork(op, options.samples, options.positions, channels, dtype, kept=options.samples // 2)
         found = measure(work.grown(4 * device.cache_bytes), device, options.rounds)
         if found.fastest != found.rule:
-            write_tuned(path, {found.key: found.fastest}, provenance())
+            write_tuned(path, {found.key: found.fastest}, provenance(["layerdrop-fast", "tune"]))
         yield found
 
 

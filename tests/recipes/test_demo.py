@@ -1,6 +1,5 @@
 """The demo: whole runs at toy size, stopped, killed, damaged, out of space, taken up again."""
 
-import dataclasses
 import json
 import os
 import random
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +15,10 @@ import torch
 from layerdrop_fast.cli import main
 from layerdrop_fast.recipes import demo as module
 from layerdrop_fast.recipes import training
+from layerdrop_fast.recipes.bench.measure import Figures
+from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.checkpoint import load_checkpoint
 from layerdrop_fast.recipes.evaluation import bits_per_byte
-from layerdrop_fast.recipes.price import RULES, PriceRow, price_tasks
 from layerdrop_fast.recipes.text import from_file, validation_windows
 
 RESULTS = {"dense.safetensors", "layerdrop.safetensors", "depth.png", "training.png", "metrics.json", "report.html"}
@@ -277,12 +276,12 @@ def test_the_price_is_measured_once_and_reported(unbroken, text, tmp_path, monke
         (tmp_path / path.name).write_bytes(path.read_bytes())
     calls = []
 
-    def priced(**options):
-        calls.append(options)
-        options["progress"](1, price_tasks(), "correctness")
-        return [PriceRow(name, (40, 40), 1.0, (0.9, 1.1), 1.0, 1.0, 1000, 1e-6) for name in RULES]
+    def priced(setting, makers, *, rounds, tell):
+        calls.append(setting)
+        tell(1, 3, "correctness")
+        return {way: Figures(way, setting, (1.0, 1.1), (20.0, 20.0), 1000, 2000, 1e-6, None) for way in makers}
 
-    monkeypatch.setattr(module, "measure_price", priced)
+    monkeypatch.setattr(module, "measure", priced)
     with_price = [argument for argument in arguments(text, tmp_path) if argument != "--no-price"]
     assert main(with_price) == 0
     first = capsys.readouterr().out
@@ -293,21 +292,24 @@ def test_the_price_is_measured_once_and_reported(unbroken, text, tmp_path, monke
     assert "masked" in capsys.readouterr().out
 
 
-def test_a_price_by_other_rules_is_measured_anew(unbroken, text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("change", [{"way": "a rule of the past"}, {"setting": {"p": 0.1}}, {"name": "dense"}])
+def test_a_price_of_other_ways_or_settings_is_measured_anew(change, unbroken, text, tmp_path, monkeypatch, capsys):
     for path in unbroken.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     earlier = json.loads((tmp_path / "metrics.json").read_text())
-    row = PriceRow("dense", (40, 40), 1.0, (0.9, 1.1), 1.0, 1.0, 1000, 0.0)
-    earlier["price"] = [dataclasses.asdict(row), dataclasses.asdict(row) | {"name": "a rule of the past"}]
+    figures = {way: Figures(way, Setting(), (1.0, 1.1), (20.0, 20.0), 1000, 2000, 1e-6, None) for way in module.PRICED}
+    first, *others = (row.record() for row in figures.values())
+    first = change if "name" in change else first | change
+    earlier["price"] = [first, *others]
     (tmp_path / "metrics.json").write_text(json.dumps(earlier))
-    rows = [dataclasses.replace(row, name=name) for name in RULES]
-    monkeypatch.setattr(module, "measure_price", lambda **options: rows)
+    monkeypatch.setattr(module, "measure", lambda *_, **__: figures)
     assert main(arguments(text, tmp_path)) == 0  # without a price
-    assert "the past" not in (out := capsys.readouterr().out)
-    assert "One training step" not in out
+    assert "One training step" not in capsys.readouterr().out
     assert main([argument for argument in arguments(text, tmp_path) if argument != "--no-price"]) == 0
     assert "masked" in capsys.readouterr().out
-    assert [row["name"] for row in json.loads((tmp_path / "metrics.json").read_text())["price"]] == list(RULES)
+    kept = json.loads((tmp_path / "metrics.json").read_text())["price"]
+    assert [row["way"] for row in kept] == list(module.PRICED)
+    assert all(row["setting"]["p"] == 0.5 for row in kept)
 
 
 def test_threads_and_algorithms_are_left_as_they_were(unbroken, text):
@@ -325,8 +327,3 @@ def test_threads_and_algorithms_are_left_as_they_were(unbroken, text):
 @pytest.mark.parametrize(("layers", "steps"), [(1, 1200), (16, 1200), (40, 759), (1000, 152)])
 def test_deeper_models_get_fewer_steps_by_default(layers, steps):
     assert module.default_steps(layers) == steps
-
-
-def test_the_machine_is_named_without_a_path():
-    assert "cores" in module.machine(torch.device("cpu"))
-    assert str(Path.cwd()) not in module.machine(torch.device("cpu"))

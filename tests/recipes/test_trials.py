@@ -41,11 +41,3 @@ def test_the_table_has_mean_and_seeds():
     assert table[2] == (
         "| uniform 0.2 | 80% | 1,250 | **2.375** (2.250, 2.500) | **3.375** (3.250, 3.500) | **2.875** (2.750, 3.000) |"
     )
-
-
-def test_provenance_says_where_and_how():
-    found = trials.provenance(["python", "-m", "x"])
-    assert found["command"] == "python -m x"
-    assert set(found["versions"]) == {"python", "torch", "numpy"}
-    assert found["commit"]
-    assert "cores" in found["machine"]

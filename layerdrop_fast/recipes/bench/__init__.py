@@ -1,1 +1,1 @@
-"""What other libraries do, restated so that both can be measured side by side."""
+"""What a training step costs by other libraries' rules, by ours, and at the limit, measured side by side."""

@@ -85,7 +85,7 @@ class Masked(nn.Module):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected one of {MODES}")
         self.p, self.mode, self.scale_by_keep = check_rate(p, "drop rate p"), mode, scale_by_keep
-        self.outcome: bool | None = None  # whether all samples are kept, whatever is drawn
+        self.outcome: Tensor | None = None  # bool [B or 1]: the mask in place of the one drawn
 
     def mask(self, branch: Tensor) -> Tensor:
         """m for this branch, [B or 1, 1, ...]."""
@@ -93,11 +93,20 @@ class Masked(nn.Module):
         samples = branch.shape[0] if self.mode == "row" else 1
         mask = branch.new_empty([samples] + [1] * (branch.dim() - 1)).bernoulli_(density)
         if self.outcome is not None:
-            mask.fill_(self.outcome)
+            mask.copy_(self.outcome.view_as(mask))
         return mask.div_(density) if self.scale_by_keep and density > 0 else mask
 
     def forward(self, branch: Tensor) -> Tensor:
         return branch * self.mask(branch) if self.training and self.p > 0 else branch
+
+    def keep(self, samples: Tensor | None) -> None:
+        """Makes training calls keep the samples where bool [B] (mode "batch": [1]) is true; None: those drawn.
+
+        Needs p > 0.
+        """
+        if samples is not None:
+            _check_drawn(self.p)
+        self.outcome = samples
 
 
 class Skip(nn.ModuleList):
@@ -293,7 +302,6 @@ class Subset(nn.Module):
         super().__init__()
         self.p = check_rate(p, "drop rate p")
         self.kept: Tensor | None = None  # int64 [k]: rows in place of those drawn
-        self._values: list[int] = []  # the same on the host
 
     def count(self, samples: int) -> int:
         """k for a batch of ``samples``."""
@@ -302,15 +310,8 @@ class Subset(nn.Module):
     def rows(self, x: Tensor) -> Tensor:
         """r for x, int64 [k] on its device."""
         samples = x.shape[0]
-        count = self.count(samples)
-        rows = torch.randperm(samples, device=x.device)[:count]
-        if self.kept is not None:
-            if len(self._values) != count:
-                raise ValueError(f"keep: got {len(self._values)} rows, expected k = {count} of {samples} samples")
-            _check_last(self._values, "rows", samples)
-            self.kept = self.kept.to(x.device)
-            rows.copy_(self.kept)
-        return rows
+        rows = torch.randperm(samples, device=x.device)[: self.count(samples)]
+        return rows if self.kept is None else rows.copy_(self.kept)
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.training or self.p == 0:
@@ -319,16 +320,23 @@ class Subset(nn.Module):
         residual = branch(x[rows]).flatten(1).to(x.dtype)
         return x.flatten(1).index_add(0, rows, residual, alpha=samples / self.count(samples)).view_as(x)
 
-    def keep(self, rows: Tensor | Sequence[int] | None) -> None:
-        """Makes training calls take exactly ``rows``, int64 [k] or a sequence, in this order; None: those drawn.
+    def keep(self, rows: Tensor | Sequence[int] | None, samples: int = 0) -> None:
+        """Makes training calls on B = ``samples`` take exactly ``rows``, in this order; None: those drawn.
 
-        Needs p > 0. The permutation is still drawn. Rows on another device than x's move there once, in the first call,
-        and the host waits for them; rows on x's device are copied there.
+        The permutation is still drawn. Needs p > 0.
 
-        Raises (the next call):
+        Args:
+            rows: int64 [k], best on x's device, or a sequence.
+
+        Raises:
             ValueError: rows that are not exactly k, or beyond the batch.
         """
-        if rows is not None:
-            _check_drawn(self.p)
-        self.kept = None if rows is None else _indices(rows, "rows")
-        self._values = [] if self.kept is None else self.kept.tolist()
+        if rows is None:
+            self.kept = None
+            return
+        _check_drawn(self.p)
+        indices = _indices(rows, "rows")
+        if len(indices) != self.count(samples):
+            raise ValueError(f"rows: got {len(indices)}, expected k = {self.count(samples)} of {samples} samples")
+        _check_last(indices.tolist(), "rows", samples)
+        self.kept = indices

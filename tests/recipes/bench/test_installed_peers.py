@@ -20,6 +20,10 @@ from layerdrop_fast.memory import saved_bytes
 from layerdrop_fast.recipes.bench.peers import Masked, RunAndDiscard, SampleSkip, Skip
 from tests.recipes.bench.counting import Counting
 
+LIBRARIES = ("timm", "torchvision", "torchtune", "fairseq", "fairseq2")
+if not any(map(importlib.util.find_spec, LIBRARIES)):
+    pytest.skip(f"none of {', '.join(LIBRARIES)} is installed", allow_module_level=True)
+
 RATES = [0.0, 0.1, 0.5, 0.9, 1.0]
 SEEDS = range(10)
 

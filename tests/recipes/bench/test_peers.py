@@ -51,7 +51,7 @@ def test_masked_at_rate_1_is_zero_not_nan():
 
 def test_masked_runs_what_it_drops_and_gives_it_zero_gradients():
     mask = Masked(0.5, "batch")
-    mask.outcome = False
+    mask.keep(torch.tensor([False]))
     layer, x = Counting(end=mask), torch.randn(2, 4)
     out = layer(x)
     out.sum().backward()
@@ -67,7 +67,7 @@ def test_masked_layers_equal_a_stack_that_scales_by_the_inverse_density():
     masked = x = torch.randn(2, 4)
     for index, layer in enumerate(stack.layers):
         mask = Masked(0.5, "batch")
-        mask.outcome = index in kept
+        mask.keep(torch.tensor([index in kept]))
         masked = masked + mask(layer.linear(masked))
     torch.testing.assert_close(stack(x), masked)
 

@@ -140,7 +140,7 @@ def test_a_subset_is_unbiased():
 @pytest.mark.parametrize("given", [[6, 1, 3], torch.tensor([0, 5, 2])])
 def test_a_subset_given_is_taken_until_taken_back(given):
     branch, subset, x = Counting().linear, Subset(0.5), torch.randn(7, 3, 4, requires_grad=True)
-    subset.keep(given)
+    subset.keep(given, 7)
     seen = []
     branch.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     for _ in range(3):
@@ -205,9 +205,9 @@ def test_a_gpu_takes_the_decisions_of_the_cpu():
     def results(device):
         discard, skip, subset = RunAndDiscard(0.5, layers).to(device), SampleSkip(0.5, seed=1), Subset(0.5)
         torch.manual_seed(4)
-        subset.keep([5, 0, 7, 2])
+        subset.keep([5, 0, 7, 2], 8)
         out = subset(skip(layers[0], discard(x.to(device))), layers[1])
-        subset.keep(torch.tensor([1, 2, 3, 4], device=device))
+        subset.keep(torch.tensor([1, 2, 3, 4], device=device), 8)
         skip.keep(torch.tensor([1, 2], device=device))
         return subset(skip(layers[0], out), layers[1]).cpu()
 
@@ -237,12 +237,11 @@ def test_rows_that_do_not_fit_the_batch_are_refused():
     skip.keep([0, 8])
     with pytest.raises(ValueError, match="rows: got index 8, expected indices below 8"):
         skip(torch.ones_like, x)
-    subset.keep([0, 1, 2, 8])
     with pytest.raises(ValueError, match="rows: got index 8, expected indices below 8"):
-        subset(x, torch.ones_like)
-    subset.keep([0, 1, 2])
-    with pytest.raises(ValueError, match="got 3 rows, expected k = 4 of 8 samples"):
-        subset(x, torch.ones_like)
+        subset.keep([0, 1, 2, 8], 8)
+    with pytest.raises(ValueError, match="got 3, expected k = 4 of 8 samples"):
+        subset.keep([0, 1, 2], 8)
+    assert subset.kept is None
 
 
 @pytest.mark.parametrize("rule", [RunAndDiscard(0.0, []), SampleSkip(0.0), Subset(0.0)])
