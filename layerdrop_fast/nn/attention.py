@@ -152,7 +152,8 @@ class Attention(nn.Module):
         groups = (self.nhead, self.num_kv_heads, self.num_kv_heads)
         if attend.lengths is not None:
             return self._packed(heads, groups, attend)
-        q, k, v = heads.transpose(1, 2).split(groups, dim=1)
+        # Split first: in backward the gradients are then put behind one another where the product reads them.
+        q, k, v = (part.transpose(1, 2) for part in heads.split(groups, dim=2))
         if cache is not None:
             k, v = cache[0].extend(cache[1], k, v)
         return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         alone = Attend(is_causal=attend.is_causal, training=attend.training)
         found = [heads.new_empty(0, self.nhead * self.head_dim)]
         for part in heads.split([length for length in attend.lengths if length]):
-            q, k, v = part.transpose(0, 1)[None].split(groups, dim=1)
+            q, k, v = (heads.transpose(0, 1)[None] for heads in part.split(groups, dim=1))
             found.append(self._attend(q, k, v, alone)[0].transpose(0, 1).flatten(1))
         return torch.cat(found)
 
