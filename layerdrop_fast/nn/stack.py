@@ -74,9 +74,10 @@ class LayerDropStack(nn.Module):
             layer that changes the shape of x. RuntimeError: a layer that writes into its input, several ranks that do
             not keep the same. TypeError: a value of another kind.
 
-    With ``torch.compile``, compile the layers (``for layer in stack.layers: layer.compile()``), not the stack, whose
-    decisions would be compiled anew for each plan. At granularity "sample" that makes a few graphs, whatever is drawn:
-    for all samples, one, none and any other number.
+    With ``torch.compile``, compile the layers (``for layer in stack.layers: layer.compile()``; torch's own classes, for
+    which that does nothing, by ``torch.compile(layer)``), not the stack, whose decisions would be compiled anew for
+    each plan. At granularity "sample" that makes a few graphs, whatever is drawn: for all samples, one, none and any
+    other number.
 
     On several ranks give all the same ``seed``: at batch granularity they must keep the same layers.
     DistributedDataParallel needs ``find_unused_parameters=True``. Outside of it (FSDP), granularity "sample" calls a

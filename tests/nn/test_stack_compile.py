@@ -78,3 +78,24 @@ def test_graphs_do_not_grow_with_plans_and_layers(kind, stack):
         graphs.append(counter.frame_count)
     assert set(seen) == set(range(B + 1))
     assert graphs[0] == graphs[1] <= 4
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_torchs_own_layers_are_compiled_by_torch_compile(granularity):
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "nhead": 2, "dim_feedforward": 16, "dropout": 0.0, "batch_first": True, "norm_first": True}
+    layers = [nn.TransformerEncoderLayer(**sizes, dtype=torch.float64) for _ in range(4)]
+    counter = CompileCounterWithBackend("aot_eager")
+    stacks = [
+        LayerDropStack(of, 0.5, granularity=granularity, seed=3)
+        for of in ([torch.compile(layer, backend=counter) for layer in layers], layers)
+    ]
+    x = X.clone().requires_grad_()
+    for _ in range(10):
+        out, expected = (stack(x) for stack in stacks)
+        torch.testing.assert_close(out, expected)
+        inputs = [x, *layers[0].parameters()]
+        found, wanted = (torch.autograd.grad(y.square().sum(), inputs, allow_unused=True) for y in (out, expected))
+        assert [g is None for g in found] == [g is None for g in wanted]
+        torch.testing.assert_close(*([g for g in given if g is not None] for given in (found, wanted)))
+    assert 1 <= counter.frame_count <= 4
