@@ -144,7 +144,7 @@ def measure_together(
         order.append(order.pop(0))
         tasks += [(f"step {turn + 1} of {rounds}, {pair.name}", partial(pair.measure_step, turn)) for pair in order]
     tasks += [(f"decisions, {pair.name}", partial(pair.measure_decision, draws)) for pair in pairs]
-    with _nothing_cached() if compiled else nullcontext():
+    with _compiler() if compiled else nullcontext():
         for done, (what, task) in enumerate(tasks):
             if tell is not None:
                 tell(done, len(tasks), what)
@@ -204,11 +204,13 @@ class _Measured:
         self.decision_s = median(times)
 
     def measure_compilation(self) -> None:
+        import torch._inductor.config
         from torch._dynamo.utils import counters
 
         torch.compiler.reset()
         counters.clear()
-        times = [self.step(turn) for turn in range(1 + COMPILED_PLANS)]
+        with torch._inductor.config.patch(force_disable_caches=True):
+            times = [self.step(turn) for turn in range(1 + COMPILED_PLANS)]
         # What later plans compile counts too.
         self.compilation = Compilation(sum(times) - len(times) * min(times), counters["stats"]["unique_graphs"])
 
@@ -227,15 +229,11 @@ class _Measured:
 
 
 @contextmanager
-def _nothing_cached() -> Iterator[None]:
-    """Compiling takes what it takes; a way that is compiled for ever is an error, not a slow one."""
+def _compiler() -> Iterator[None]:
+    """What is compiled anew for ever is an error, not a slow way; nothing compiled is left."""
     import torch._dynamo
-    import torch._inductor.config
 
-    with (
-        torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
-        torch._inductor.config.patch(force_disable_caches=True),
-    ):
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         try:
             yield
         finally:
