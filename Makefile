@@ -8,7 +8,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 # Where `make bench` puts its statistics: one folder a machine.
 RESULTS ?= benchmarks/results/local
 
-.PHONY: venv demo test test-slow gates sanitize lint format bench gpu-check clean
+.PHONY: venv demo test test-slow gates sanitize lint format bench report gpu-check clean
 
 venv: .venv/built
 
@@ -57,6 +57,10 @@ format: venv
 bench: venv
 	$(BIN)/python -m pytest benchmarks -m "slow or not slow" --timeout 3600 --benchmark-enable \
 		--benchmark-storage=file://$(RESULTS) --benchmark-save=$(or $(NAME),bench)
+
+# Plots, tables and goals of docs/performance.md and README.md, from what `make bench` put into the same folder.
+report: venv
+	$(BIN)/python -m benchmarks.report $(RESULTS)
 
 # On a machine with a GPU: its own Python and torch, nothing is downloaded. DRY=1: on a CPU, in .venv. TUNE=1: tunes too.
 gpu-check: $(if $(DRY),venv)

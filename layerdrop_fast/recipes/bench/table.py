@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
 from layerdrop_fast.recipes.bench.measure import Figures
@@ -12,9 +12,14 @@ from layerdrop_fast.recipes.bench.ways import WAYS
 FLOOR = "limit"
 
 
+def paired(figures: Figures, other: Figures) -> list[float]:
+    """How many times as long each step takes as another's of the same turn."""
+    return [a / b for a, b in zip(figures.seconds, other.seconds, strict=True)]
+
+
 def times(figures: Figures, other: Figures) -> float:
     """How many times as long a step takes as another's: the median over pairs of steps of one turn."""
-    return median(a / b for a, b in zip(figures.seconds, other.seconds, strict=True))
+    return median(paired(figures, other))
 
 
 def table(figures: Mapping[str, Figures]) -> str:
@@ -23,15 +28,24 @@ def table(figures: Mapping[str, Figures]) -> str:
     Args:
         figures: by name, as ``measure`` returns them; with "limit" among them there are ratios.
     """
+    return "\n\n".join(filter(None, [rows(figures), notes(figures)]))
+
+
+def rows(figures: Mapping[str, Figures]) -> str:
+    """The lines of the ways alone."""
     floor = figures.get(FLOOR)
     compiled = any(row.compilation for row in figures.values())
     head = ["way", "layers run", "step, ms", "(range)", "/ limit", "tokens/s", "saved, MiB", "/ limit", "peak, MiB"]
     lines = [[*head, "decisions, µs", *(("compiling, s", "graphs") if compiled else ())]]
     lines += [_cells(row, floor, compiled) for row in figures.values()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = [_line(cells, widths) for cells in lines]
-    notes = [f"{name.ljust(widths[0])}  {WAYS[name][0]}" for name in figures if name in WAYS]
-    return "\n".join([*shown, *([""] if notes else []), *notes])
+    return "\n".join(_line(cells, widths) for cells in lines)
+
+
+def notes(names: Collection[str]) -> str:
+    """What each way does, a line a way that there is for everyone."""
+    width = max(map(len, names), default=0)
+    return "\n".join(f"{name.ljust(width)}  {WAYS[name][0]}" for name in names if name in WAYS)
 
 
 def _cells(row: Figures, floor: Figures | None, compiled: bool) -> list[str]:
