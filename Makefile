@@ -8,7 +8,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 # Where `make bench` puts its statistics: one folder a machine.
 RESULTS ?= benchmarks/results/local
 
-.PHONY: venv demo test test-slow gates sanitize lint format bench report gpu-check clean
+.PHONY: venv demo test test-slow gates sanitize lint format bench report gpu-check gpu-bench clean
 
 venv: .venv/built
 
@@ -31,6 +31,7 @@ demo: venv
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 	$(MAKE) --no-print-directory gpu-check DRY=1
+	$(MAKE) --no-print-directory gpu-bench DRY=1 ONLY="steps small_batch"
 	.ci/sanitize --if-possible
 
 test-slow: venv
@@ -63,9 +64,10 @@ report: venv
 	$(BIN)/python -m benchmarks.report $(RESULTS)
 
 # On a machine with a GPU: its own Python and torch, nothing is downloaded. DRY=1: on a CPU, in .venv. TUNE=1: tunes too.
-gpu-check: $(if $(DRY),venv)
+# ONLY="...": some of the stages.
+gpu-check gpu-bench: $(if $(DRY),venv)
 	$(if $(DRY),CFLAGS=-Werror PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check \
-		$(if $(DRY),--dry) $(if $(TUNE),--tune)
+		$(if $(filter gpu-bench,$@),--steps) $(if $(DRY),--dry) $(if $(TUNE),--tune) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf .venv build out *.egg-info layerdrop_fast/*.so

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check import report
 from benchmarks.gpu_check.check import ROOT, Check, write
 
-# Seconds of each, gates first, 530 together; what one leaves over, the next get.
+# Seconds of each, gates first, 530 together in either command; what one leaves over, the next get.
 BUDGETS = {
     "build": 110,
     "tests": 170,
@@ -25,9 +26,17 @@ BUDGETS = {
     "comparison": 65,
     "rooflines": 90,
 }
+STEPS_BUDGETS = {
+    "build": 110,
+    "graphed_step": 60,
+    "steps": 290,
+    "small_batch": 70,
+}
+# In the order of their records.
+STAGES = tuple(dict.fromkeys((*BUDGETS, "tuning", *STEPS_BUDGETS)))
 # Without their verdict nothing is timed: one that is stopped is red.
-GATES = ("build", "tests", "whole_step")
-MEASURE = ("comparison", "rooflines", "tuning")
+GATES = ("build", "tests", "whole_step", "graphed_step")
+MEASURE = ("comparison", "rooflines", "tuning", "steps", "small_batch")
 TUNING_BUDGET = 120
 GRACE = 10
 DRY_BUDGETS = 4  # times as long, for a small machine with other work
@@ -40,9 +49,10 @@ OUTPUT = 20000  # characters of a stage's output that its record keeps
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="on the CPU, in Triton's interpreter, at tiny sizes")
+    parser.add_argument("--steps", action="store_true", help="whole training steps beside those of others (gpu-bench)")
     parser.add_argument("--tune", action="store_true", help="also tune some kernels, after the rest")
     parser.add_argument("--out", type=Path, help="folder of the records (default: $OUT, else benchmarks/results/<GPU>)")
-    parser.add_argument("--only", nargs="+", choices=[*BUDGETS, "tuning"], help="only these stages")
+    parser.add_argument("--only", nargs="+", choices=STAGES, help="only these stages")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only print the table of the records there")
     parser.add_argument("--stage", nargs=2, metavar=("NAME", "SECONDS"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -57,21 +67,34 @@ def main() -> int:
         print(report.table(read(given.report)))
         return 0
     if not given.dry and not has_gpu():
-        print("gpu-check: torch finds no GPU here; `make gpu-check DRY=1` runs the same on a CPU", file=sys.stderr)
+        name = name_of(given)
+        print(f"{name}: torch finds no GPU here; `make {name} DRY=1` runs the same on a CPU", file=sys.stderr)
         return 2
     folder = given.out or results_folder(given.dry)
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"gpu-check{' (dry)' if given.dry else ''}: records in {folder}", flush=True)
+    print(f"{name_of(given)}{' (dry)' if given.dry else ''}: records in {folder}", flush=True)
     begin = time.monotonic()
     red = run_all(folder, given.dry, chosen_stages(given))
-    print(f"\n{report.table(read(folder))}\nin {time.monotonic() - begin:.0f} s; records in {folder}", flush=True)
+    table = report.table(read(folder, stages_of(given)))
+    print(f"\n{table}\nin {time.monotonic() - begin:.0f} s; records in {folder}", flush=True)
     return 1 if red else 0
 
 
 def chosen_stages(given: argparse.Namespace) -> dict[str, int]:
-    stages = BUDGETS | ({"tuning": TUNING_BUDGET} if given.tune or given.dry else {})
+    stages = stages_of(given)
+    if not (given.tune or given.dry):
+        stages.pop("tuning", None)
     scale = DRY_BUDGETS if given.dry else 1
     return {name: scale * seconds for name, seconds in stages.items() if not given.only or name in given.only}
+
+
+def stages_of(given: argparse.Namespace) -> dict[str, int]:
+    """All of the command."""
+    return dict(STEPS_BUDGETS) if given.steps else BUDGETS | {"tuning": TUNING_BUDGET}
+
+
+def name_of(given: argparse.Namespace) -> str:
+    return "gpu-bench" if given.steps else "gpu-check"
 
 
 def run_all(folder: Path, dry: bool, stages: dict[str, int]) -> bool:
@@ -147,8 +170,9 @@ def kill_group(leader: int) -> None:
 
 def run_here(name: str, file: Path, dry: bool, seconds: float) -> int:
     """A stage in this process; what it raises is its output."""
+    until = time.monotonic() + seconds  # importing torch counts
     provenance = importlib.import_module("layerdrop_fast._provenance").provenance(sys.argv)
-    check = Check(file, dry, time.monotonic() + seconds, provenance)
+    check = Check(file, dry, until, provenance)
     check.save({})
     check.save(importlib.import_module(f"benchmarks.gpu_check.{name}").run(check))
     return 0
@@ -168,11 +192,12 @@ def results_folder(dry: bool) -> Path:
 
 
 def records(folder: Path) -> dict[str, Path]:
-    return {name: folder / f"{number}_{name}.json" for number, name in enumerate([*BUDGETS, "tuning"], 1)}
+    return {name: folder / f"{number}_{name}.json" for number, name in enumerate(STAGES, 1)}
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in records(folder).values() if file.exists()]
+def read(folder: Path, stages: Collection[str] = STAGES) -> list[dict[str, Any]]:
+    files = (file for name, file in records(folder).items() if name in stages)
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from benchmarks.gpu_check import steps_report
+
 Record = dict[str, Any]
 
 # Of an H200.
@@ -19,6 +21,8 @@ def line(record: Record) -> str:
         "sanitizer": lambda: "; ".join(f"{tool}: {said}"[:100] for tool, said in result.items()),
         "comparison": lambda: f"{len(result['rows'])} sizes, {result[left]} {left}",
         "rooflines": lambda: f"{len(result['kernels'])} kernels, {result[left]} {left}",
+        "steps": lambda: f"{len(result['contests'])} contests, {len(result['left out'])} left out",
+        "small_batch": lambda: f"{len(result['rows'])} sizes",
         "tuning": lambda: f"{len(result['tuned'])} measured",
     }.get(record["stage"])
     said = note() if note and record["state"] == "ok" else result.get("absent", "")
@@ -27,20 +31,25 @@ def line(record: Record) -> str:
 
 
 def table(records: list[Record]) -> str:
-    """Stages, then kernels, comparisons and targets."""
+    """Stages, then kernels, comparisons, whole steps, and targets."""
     lines = [*measured_on(records), *(line(record) for record in records)]
     if red := [record["stage"] for record in records if record["state"] == "red"]:
         return "\n".join([*lines, f"RED: {', '.join(red)}; no speeds"])
     found = {record["stage"]: record["result"] for record in records}
     dry = any(record["dry"] for record in records)
     if dry:
-        lines.append("DRY: times of Triton's interpreter on a CPU, which say nothing about a GPU")
+        lines.append("DRY: times on a CPU, some in Triton's interpreter, which say nothing about a GPU")
     lines += kernels(found.get("rooflines", {}).get("kernels", []))
     lines += comparisons(found.get("comparison", {}))
+    lines += steps_report.contests(found.get("steps", {}))
+    lines += steps_report.small_batches(found.get("small_batch", {}))
     lines += ["", "target for an H200" + " " * 42 + "measured"]
-    for goal, measured, hit in targets(found):
+    whole_steps = bool({"graphed_step", "steps", "small_batch"} & found.keys())
+    goals = [*targets(found)] if not whole_steps or {"comparison", "rooflines"} & found.keys() else []
+    goals += steps_report.targets(found) if whole_steps else []
+    for goal, measured, hit in goals:
         verdict = "dry" if dry else "not measured" if hit is None else "hit" if hit else "MISSED"
-        lines.append(f"{goal:<60}{measured:<40}{verdict}")
+        lines.append(f"{goal:<60}{measured:<52}{verdict}")
     return "\n".join(lines)
 
 

@@ -41,8 +41,20 @@ def measured(kernels, rows, plan):
     ]
 
 
-def test_the_whole_takes_nine_minutes_at_most():
-    assert sum(gpu_check.BUDGETS.values()) + gpu_check.GRACE <= 540
+COMMANDS = pytest.mark.parametrize("budgets", [gpu_check.BUDGETS, gpu_check.STEPS_BUDGETS], ids=["check", "bench"])
+
+
+@COMMANDS
+def test_the_whole_takes_nine_minutes_at_most(budgets):
+    assert sum(budgets.values()) + gpu_check.GRACE <= 540
+
+
+@COMMANDS
+def test_gates_come_first(budgets):
+    gates = [name in gpu_check.GATES for name in budgets]
+    assert gates == sorted(gates, reverse=True)
+    assert gates.count(True) >= 2
+    assert {name for name in budgets if name not in gpu_check.GATES} <= {*gpu_check.MEASURE, "sanitizer"}
 
 
 def test_records_fit_into_one_folder_of_eight_files():
@@ -78,6 +90,7 @@ def stages(monkeypatch, red=()):
     """What run_all runs, in place of the stages themselves."""
     ran = []
     result = {"rows": [], "kernels": [], "tuned": [], "passed": 1, "left": 0, "left out for lack of time": 0}
+    result |= {"contests": [], "left out": []}
 
     def run_apart(file, name, dry, seconds):
         ran.append((name, seconds))
@@ -89,11 +102,16 @@ def stages(monkeypatch, red=()):
     return ran
 
 
-@pytest.mark.parametrize("red", ["tests", "rooflines"])
-def test_nothing_runs_after_a_red_stage_and_no_speed_is_kept(monkeypatch, tmp_path, capsys, red):
-    names = list(gpu_check.BUDGETS)
+CHECK, BENCH = [*gpu_check.BUDGETS, "tuning"], list(gpu_check.STEPS_BUDGETS)
+
+
+@pytest.mark.parametrize(
+    ("names", "red"),
+    [(CHECK, "tests"), (CHECK, "rooflines"), (BENCH, "graphed_step"), (BENCH, "steps"), (BENCH, "small_batch")],
+)
+def test_nothing_runs_after_a_red_stage_and_no_speed_is_kept(monkeypatch, tmp_path, capsys, names, red):
     ran = stages(monkeypatch, {red})
-    assert gpu_check.run_all(tmp_path, False, dict.fromkeys([*names, "tuning"], 1))
+    assert gpu_check.run_all(tmp_path, False, dict.fromkeys(names, 1))
     assert [name for name, _ in ran] == names[: names.index(red) + 1]
     assert "why" in capsys.readouterr().out
     kept = {found["stage"] for found in gpu_check.read(tmp_path) if found["result"]}
@@ -117,7 +135,9 @@ def test_a_stage_that_fails_is_red_and_keeps_no_number(tmp_path):
     assert "has no attribute 'run'" in found["output"]
 
 
-@pytest.mark.parametrize(("stage", "state"), [("rooflines", "stopped"), ("whole_step", "red")])
+@pytest.mark.parametrize(
+    ("stage", "state"), [("rooflines", "stopped"), ("steps", "stopped"), ("whole_step", "red"), ("graphed_step", "red")]
+)
 def test_a_stage_that_outruns_its_budget_is_stopped(monkeypatch, tmp_path, stage, state):
     monkeypatch.setattr(gpu_check, "GRACE", 0)
     found = gpu_check.run_apart(tmp_path / f"1_{stage}.json", stage, True, 0.5)

@@ -64,6 +64,16 @@ def course_of(call: Callable[[], object], device: torch.device) -> Course:
     return Course(tuple(seconds), tuple(held))
 
 
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of a device that ``call`` holds beyond what was there before: on a GPU as the allocator counts."""
+    if device.type != "cuda":
+        return course_of(call, device).peak
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def _allocations(events: Iterable[Any], on_gpu: bool) -> Iterator[tuple[int, int, int]]:
     """When, where and how much; releases are negative."""
     for event in events:

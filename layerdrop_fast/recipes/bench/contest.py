@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,10 +42,11 @@ class Contest:
         generators = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
         with torch.random.fork_rng(**generators):
             torch.manual_seed(setting.seed)
-            self.layers = [_layer(setting).to(device, dtype) for _ in range(setting.layers)]
+            # Made on the device: a host would draw hundreds of millions of numbers for seconds.
+            self.layers = [_layer(setting).to(dtype) for _ in range(setting.layers)]
             shape = (setting.samples, setting.length, setting.d_model)
-            self.x = torch.randn(shape).to(device, dtype).requires_grad_()  # as behind an embedding
-            self.target = torch.randn(shape).to(device, dtype)
+            self.x = torch.randn(shape, device=device).to(dtype).requires_grad_()  # as behind an embedding
+            self.target = torch.randn(shape, device=device).to(dtype)
         self.names = dict(nn.ModuleList(self.layers).named_parameters())
         self.optimizer = torch.optim.AdamW(self.names.values(), lr=1e-4, fused=True)
         self.ways = {name: make(self.layers, setting) for name, make in makers.items()}
@@ -102,7 +104,7 @@ class Contest:
         way, plan = self.ways[name], self.setting.plan(0)
         way.follow(plan)
         x, target = (tensor.detach()[:, :CORNER].clone() for tensor in (self.x, self.target))
-        with _without_dropout(way):
+        with _without_dropout(way), _exact_products():
             self.zero_grad()
             out = way(x.requires_grad_())
             out.backward(target)
@@ -122,9 +124,7 @@ class Contest:
                 raise Disagreement(f"{name}: relative error of {what} is {error:.1e}, expected at most {limit:.0e}")
 
     def _expected(self, keep: Tensor, scale: float, x: Tensor, target: Tensor) -> dict[str, Tensor | None]:
-        exact = [_layer(self.setting).to(x.device, torch.float64) for _ in self.layers]
-        for copied, layer in zip(exact, self.layers, strict=True):
-            copied.load_state_dict(layer.state_dict())
+        exact = [copy.deepcopy(layer).double() for layer in self.layers]
         stack = TransformerStack.from_layers(exact, 0.0, seed=0)
         scales = torch.full((2 * len(exact),), scale, dtype=torch.float64)
         x.requires_grad_()
@@ -144,6 +144,7 @@ def _layer(setting: Setting) -> nn.TransformerEncoderLayer:
         "gelu",
         batch_first=True,
         norm_first=True,
+        device=setting.device,
     )
     # As models are trained today: with dropout of attention weights there is no flash attention on a CPU.
     layer.self_attn.dropout = 0.0
@@ -167,6 +168,17 @@ def _without_dropout(way: Way) -> Iterator[None]:
             dropout.train()
         for layer, rate in ours:
             layer.dropout = rate
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Matrix products of float32 in float32: with TF32 they are off by more than the tolerance."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _kind(value: Tensor | None) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from layerdrop_fast._checks import check_count
 from layerdrop_fast.memory import saved_bytes
-from layerdrop_fast.recipes.bench.allocations import course_of
+from layerdrop_fast.recipes.bench.allocations import peak_of
 from layerdrop_fast.recipes.bench.contest import Contest, Makers
 from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY, WAYS, Way
@@ -29,6 +29,8 @@ ROUNDS = 5
 DRAWS = 200
 # Plans beyond the first that a compiled way meets before it is timed: each may compile it once more.
 COMPILED_PLANS = 3
+# Steps of each other way on a GPU before it is timed, which load kernels and make libraries their workspaces.
+WARM_UPS = 2
 
 Tell = Callable[[int, int, str], None]
 
@@ -138,13 +140,15 @@ def measure_together(
     tasks += [("compiling", torch.compiler.reset)] if compiled else []
     for turn in range(rounds, rounds + 1 + COMPILED_PLANS):
         tasks += [(f"compiling {pair.name}", partial(pair.step, turn)) for pair in compiled]
+    for turn in range(rounds, rounds + WARM_UPS):
+        tasks += [(f"warm-up, {pair.name}", partial(pair.step, turn)) for pair in pairs if pair.warms_up]
     tasks += [(f"memory, {pair.name}", pair.measure_memory) for pair in pairs]
     order = list(pairs)
     for turn in range(rounds):
         order.append(order.pop(0))
         tasks += [(f"step {turn + 1} of {rounds}, {pair.name}", partial(pair.measure_step, turn)) for pair in order]
     tasks += [(f"decisions, {pair.name}", partial(pair.measure_decision, draws)) for pair in pairs]
-    with _compiler() if compiled else nullcontext():
+    with _compiler() if compiled else nullcontext(), _little_garbage():
         for done, (what, task) in enumerate(tasks):
             if tell is not None:
                 tell(done, len(tasks), what)
@@ -163,6 +167,8 @@ class _Measured:
         self.saved_bytes = self.peak_bytes = 0
         self.decision_s: float | None = None
         self.compilation: Compilation | None = None
+        # A compiled way runs several steps to compile.
+        self.warms_up = self.setting.device != "cpu" and not self.setting.compiled
 
     def check(self) -> None:
         self.contest.check(self.name)
@@ -189,7 +195,7 @@ class _Measured:
         self.saved_bytes = saved_bytes(way, self.contest.x)
 
     def _peak(self, way: Way) -> None:
-        self.peak_bytes = course_of(partial(self.contest.step, self.name), self.contest.x.device).peak
+        self.peak_bytes = peak_of(partial(self.contest.step, self.name), self.contest.x.device)
 
     def measure_decision(self, draws: int) -> None:
         way, x, times = self.contest.ways[self.name], self.contest.x.detach(), []
@@ -226,6 +232,17 @@ class _Measured:
             decision_s=self.decision_s,
             compilation=self.compilation,
         )
+
+
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """The collections before each step look at new objects alone: those of torch and 40 layers take 0.2 s each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

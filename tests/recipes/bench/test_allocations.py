@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from layerdrop_fast.recipes.bench.allocations import Course, course_of
+from layerdrop_fast.recipes.bench.allocations import Course, course_of, peak_of
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -49,6 +49,34 @@ def test_thinning_keeps_the_peaks(points):
     assert thin.peak == course.peak
     assert all(course.bytes[second] == size for second, size in zip(thin.seconds, thin.bytes, strict=True))
     assert course.thinned(4).bytes == (5, 9, 4, 7)
+
+
+def test_the_peak_is_the_highest_point():
+    def call():
+        first = torch.empty(3 * MIB, dtype=torch.uint8)
+        del first
+        return torch.empty(2 * MIB, dtype=torch.uint8)
+
+    assert peak_of(call, CPU) == 3 * MIB
+
+
+def test_on_a_gpu_the_peak_is_what_the_allocator_counted(monkeypatch):
+    at = {"now": 5, "most": 100}
+    gpu = torch.device("cuda", 1)
+
+    def reset(device):
+        assert device == gpu
+        at["most"] = at["now"]
+
+    def call():
+        at["most"] = max(at["most"], at["now"] + 7)
+        at["now"] += 3
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: at["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: at["most"])
+    assert peak_of(call, gpu) == 7
+    assert peak_of(call, gpu) == 7
 
 
 def test_backward_is_seen():

@@ -121,6 +121,19 @@ def test_filling_the_optimizer_changes_no_weight():
     assert all(weight.grad is None for weight in of.names.values())
 
 
+def test_the_check_knows_no_tf32():
+    of, seen = contest(setting(p=0.0), "dense"), []
+    of.ways["dense"].modules[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        of.check("dense")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
+
+
 # Broken ways.
 
 

@@ -9,7 +9,7 @@ import torch
 
 from layerdrop_fast.recipes.bench import measure as module
 from layerdrop_fast.recipes.bench.contest import Contest
-from layerdrop_fast.recipes.bench.measure import COMPILED_PLANS, figures_of, makers_of, measure_together
+from layerdrop_fast.recipes.bench.measure import COMPILED_PLANS, WARM_UPS, figures_of, makers_of, measure_together
 from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY, WAYS
 
@@ -150,6 +150,33 @@ def test_compilations_can_be_left_out():
     setting = dataclasses.replace(TINY, layers=2, compiled=True)
     figures = measure(setting, {"ours": WAYS["ours"][1]}, rounds=1, compilations=False)
     assert figures["ours"].compilation is None
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "warm_ups"), [("cuda", False, WARM_UPS), ("cpu", False, 0), ("cuda", True, 0)]
+)
+@pytest.mark.usefixtures("no_code_generation")
+def test_on_a_gpu_each_way_runs_whole_steps_before_it_is_measured(monkeypatch, device, compiled, warm_ups):
+    setting, seen = dataclasses.replace(TINY, layers=2, compiled=compiled), []
+    contest = Contest(setting, {way: WAYS[way][1] for way in ("skip", "ours")})
+    contest.setting = dataclasses.replace(setting, device=device)
+    measure_together([contest], rounds=1, draws=1, compilations=False, tell=lambda *at: seen.append(at[2]))
+    first = next(number for number, what in enumerate(seen) if what.startswith("memory"))
+    for way in ("skip", "ours"):
+        assert seen[:first].count(f"warm-up, {way}") == seen.count(f"warm-up, {way}") == warm_ups
+        assert seen[:first].count(f"compiling {way}") == (1 + COMPILED_PLANS if compiled else 0)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.usefixtures("no_code_generation")
+def test_compiling_uses_caches_where_it_is_not_measured(monkeypatch, measured):
+    import torch._inductor.config
+
+    seen = set()
+    monkeypatch.setattr(Contest, "step", lambda *given: seen.add(torch._inductor.config.force_disable_caches))
+    setting = dataclasses.replace(TINY, layers=2, compiled=True)
+    measure(setting, {"ours": WAYS["ours"][1]}, rounds=1, compilations=measured)
+    assert seen == {measured}
 
 
 @pytest.mark.parametrize(
