@@ -15,7 +15,7 @@ from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.bench.ways import WAYS, OursWay, SkipWay
 
 THREADS = 2
-ROUNDS = 7
+ROUNDS = 5
 BOUNDS = (15, 10, 5, 2, 1)
 POINTS = 400  # of a drawn course
 TINY = {"layers": 4, "d_model": 16, "dim_feedforward": 64, "nhead": 2, "samples": 2, "length": 4}

@@ -98,7 +98,7 @@ def test_contests_take_turns_with_each_other():
     for contest in contests:
         contest.seconds = functools.partial(lambda n, name: order.append(n) or 1.0, contest.setting.layers)
     found = measure_together(contests, rounds=2, draws=1, tell=lambda *at: seen.append(at))
-    assert order == [4, 2, 2, 4]
+    assert order == [4, 4, 2, 2, 2, 2, 4, 4]
     assert [figures["ours"].setting.layers for figures in found] == [2, 4]
     assert found[0]["ours"].layers_run == (1.0, 1.0)
 
