@@ -1,6 +1,6 @@
 """Where the time of a step goes, by kind of work, for several ways side by side.
 
-    python -m benchmarks.profile --granularity sample --p 0.8 ours narrow limit
+    python -m benchmarks.profile_step --granularity sample --p 0.8 ours narrow limit
 
 Medians over steps that take turns, in ms. A profiled step is some percent slower than others, in what is called often.
 """
@@ -49,7 +49,7 @@ def profiled(contest: Contest, way: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_step", description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="+", choices=list(WAYS))
     parser.add_argument("--granularity", choices=list(BY_GRANULARITY), default="batch")
     parser.add_argument("--p", type=float, default=0.5)
