@@ -7,6 +7,7 @@ Medians over steps that take turns, in ms. A profiled step is some percent slowe
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from statistics import median
 
@@ -37,18 +38,17 @@ def kind_of(op: str) -> str:
 
 
 def profiled(contest: Contest, way: str) -> dict[str, float]:
-    """Milliseconds by kind of one step; on a GPU those of its kernels."""
+    """Milliseconds by kind of one step."""
     contest.zero_grad()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         contest.step(way)
-        contest.synchronise()
     found: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         found[kind_of(event.key)] += event.self_cpu_time_total / 1e3
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_step", description=__doc__.splitlines()[0])
     parser.add_argument("ways", nargs="+", choices=list(WAYS))
     parser.add_argument("--granularity", choices=list(BY_GRANULARITY), default="batch")
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--turns", type=int, default=5)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     setting = Setting(layers=given.layers, p=given.p, granularity=given.granularity, dtype=given.dtype)
     contest = Contest(setting, {way: WAYS[way][1] for way in given.ways})
     contest.fill_optimizer()

@@ -25,7 +25,7 @@ class Checkpointed(SkipWay):
     """fairseq's skip with torch's checkpoint round each kept layer."""
 
     def __call__(self, x):
-        for layer in self.skip:
+        for layer in self.rule:
             x = checkpoint(layer, x, use_reentrant=False)
         return x
 

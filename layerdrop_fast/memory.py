@@ -63,14 +63,13 @@ def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tens
 
     held: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    # In a compiled region these two would be compiled themselves, anew for each kind of tensor.
+    # What a compiled region runs eagerly would compile this too, anew for each kind of tensor.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def pack(tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
         held.add(saved)
         return saved
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def unpack(saved: _Saved) -> Tensor:
         return saved.tensor
 

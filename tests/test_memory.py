@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from layerdrop_fast.memory import saved_bytes
@@ -123,3 +124,31 @@ def test_bad_input_is_named():
         saved_bytes(3)
     with pytest.raises(TypeError, match="exclude must hold tensors, got 'x'"):
         saved_bytes(torch.exp, leaf(3), exclude=["x"])
+
+
+class _Eager(torch.autograd.Function):
+    """Runs eagerly in a compiled region too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch._dynamo.graph_break()
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0]
+
+
+def test_in_a_compiled_region_the_counting_itself_is_not_compiled():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x: _Eager.apply(x + 1) * 2, backend=counter)
+    x = leaf(5, 8)
+    compiled(x).sum().backward()
+    graphs = counter.frame_count
+    assert graphs > 1
+    assert saved_bytes(compiled, x) == 5 * 8 * 4
+    assert counter.frame_count == graphs
+    torch._dynamo.reset()

@@ -153,7 +153,6 @@ def run_apart(file: Path, name: str, dry: bool, seconds: float) -> dict[str, Any
         "dry": dry,
         "seconds": round(time.monotonic() - begin, 1),
         "budget": seconds,
-        "command": ["python", *command[1:]],
         **saved,
         "output": printed[-OUTPUT:],
     }
@@ -171,7 +170,9 @@ def kill_group(leader: int) -> None:
 def run_here(name: str, file: Path, dry: bool, seconds: float) -> int:
     """A stage in this process; what it raises is its output."""
     until = time.monotonic() + seconds  # importing torch counts
-    provenance = importlib.import_module("layerdrop_fast._provenance").provenance(sys.argv)
+    # Without --out, a path of this machine.
+    command = ["python", "-m", "benchmarks.gpu_check", "--stage", name, f"{seconds:g}", *(["--dry"] if dry else [])]
+    provenance = importlib.import_module("layerdrop_fast._provenance").provenance(command)
     check = Check(file, dry, until, provenance)
     check.save({})
     check.save(importlib.import_module(f"benchmarks.gpu_check.{name}").run(check))

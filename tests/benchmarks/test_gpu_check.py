@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,6 +134,18 @@ def test_a_stage_that_fails_is_red_and_keeps_no_number(tmp_path):
     assert found == json.loads(file.read_text())
     assert (found["state"], found["result"]) == ("red", {})
     assert "has no attribute 'run'" in found["output"]
+
+
+def test_a_record_says_by_which_command_and_names_no_path(monkeypatch, tmp_path):
+    stage = SimpleNamespace(run=lambda check: {"found": 1})
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu_check.nothing", stage)
+    file = tmp_path / "1_nothing.json"
+    gpu_check.run_here("nothing", file, True, 5.0)
+    content = json.loads(file.read_text())
+    assert content["result"] == {"found": 1}
+    assert content["provenance"]["command"] == "python -m benchmarks.gpu_check --stage nothing 5 --dry"
+    assert str(tmp_path) not in file.read_text()
+    assert str(gpu_check.ROOT) not in file.read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Two ranks: what they must agree on, and the gradients that they end with."""
 
 import datetime
+import os
 import warnings
 
 import pytest
@@ -27,6 +28,8 @@ def _worker(rank, function, folder, arguments):
     distributed.init_process_group("gloo", f"file://{folder}/ranks", timeout, world_size=2, rank=rank)
     function(rank, *arguments)
     distributed.destroy_process_group()
+    # Gloo's threads outlive the group and may hold tensors: freeing one while Python shuts down aborts the process.
+    os._exit(0)
 
 
 @pytest.fixture

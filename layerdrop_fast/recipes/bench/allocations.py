@@ -52,7 +52,11 @@ def course_of(call: Callable[[], object], device: torch.device) -> Course:
     del returned
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events = sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree(), on_gpu))
+    return _course(_allocations(profiler.profiler.kineto_results.experimental_event_tree(), on_gpu))
+
+
+def _course(found: Iterable[tuple[int, int, int]]) -> Course:
+    events = sorted(found)
     seconds, held, now = [], [], 0
     sizes: dict[int, int] = {}
     for at, address, size in events:

@@ -105,38 +105,39 @@ class MaskedWay(_Following):
         return [mask.mask(x) for mask in self.masks]
 
 
-class SkipWay(_Following):
-    """fairseq's."""
+class _ByLayer(_Following):
+    """A rule that decides about whole layers."""
+
+    kind: type[Skip] | type[RunAndDiscard]
 
     def make(self, layers: Layers) -> Sequence[nn.Module]:
         modules = super().make(layers)
-        self.skip = Skip(self.setting.p, modules)
-        return modules
-
-    def keep(self, plan: DropPlan | None) -> None:
-        self.skip.keep(None if plan is None else plan.layers)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for layer in self.skip:
-            x = layer(x)
-        return x
-
-    def decide(self, turn: int, x: Tensor) -> object:
-        return list(self.skip)
-
-
-class DiscardWay(_Following):
-    """fairseq2's."""
-
-    runs_dropped = True
-
-    def make(self, layers: Layers) -> Sequence[nn.Module]:
-        modules = super().make(layers)
-        self.rule = RunAndDiscard(self.setting.p, modules)
+        self.rule = self.kind(self.setting.p, modules)
         return modules
 
     def keep(self, plan: DropPlan | None) -> None:
         self.rule.keep(None if plan is None else plan.layers)
+
+
+class SkipWay(_ByLayer):
+    """fairseq's."""
+
+    kind = Skip
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for layer in self.rule:
+            x = layer(x)
+        return x
+
+    def decide(self, turn: int, x: Tensor) -> object:
+        return list(self.rule)
+
+
+class DiscardWay(_ByLayer):
+    """fairseq2's."""
+
+    kind = RunAndDiscard
+    runs_dropped = True
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.rule(x)  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from layerdrop_fast.recipes.bench.allocations import Course, course_of, peak_of
+from layerdrop_fast.recipes.bench.allocations import Course, _course, course_of, peak_of
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -33,6 +33,13 @@ def test_what_was_there_before_counts_for_nothing_also_when_it_is_released():
         return torch.empty(2 * MIB, dtype=torch.uint8)
 
     assert list(course_of(call, CPU).bytes) == [2 * MIB]
+
+
+def test_a_release_of_what_was_there_before_is_passed_over():
+    """A GPU's allocator tells of these too."""
+    new, old = 0x10, 0x20
+    events = [(9_000, new, 5), (7_000, old, -3), (11_000, new, -5), (13_000, old, 2), (5_000, old, -3)]
+    assert _course(events) == Course((4e-6, 6e-6, 8e-6), (5, 0, 2))
 
 
 def test_nothing_is_a_course_too():

@@ -23,15 +23,6 @@ def contest(of, *ways):
     return Contest(of, {way: WAYS[way][1] for way in ways or BY_GRANULARITY[of.granularity]})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Two threads on a busy core wait for each other far longer than so small a model computes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.85, 1.0])
 @pytest.mark.parametrize("granularity", BY_GRANULARITY)
 def test_every_way_computes_its_rule(granularity, p):

@@ -20,15 +20,6 @@ measure = functools.partial(module.measure, draws=3)
 DECIDE = {"masked", "discard", "skip", "sample-skip", "subset", "stack", "ours", "recompute"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Two threads on a busy core wait for each other far longer than so small a model computes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=[TINY, SAMPLE], ids=lambda setting: setting.granularity)
 def measured(request):
     return request.param, measure(request.param, rounds=3)
