@@ -12,6 +12,7 @@ import torch
 
 from layerdrop_fast._checks import check_rate
 from layerdrop_fast.nn.stack import GRANULARITIES
+from layerdrop_fast.recipes import prune as prune_files
 from layerdrop_fast.recipes.bench import command
 from layerdrop_fast.recipes.bench.measure import ROUNDS
 from layerdrop_fast.recipes.bench.setting import DTYPES as STREAM_DTYPES
@@ -45,6 +46,15 @@ layers that are kept. They take turns on the same weights and the same decisions
 shown that it computes what it should. Prints a table: time, tokens/s, what is held for backward, the peak, what
 deciding costs.
 """
+PRUNE = """\
+Writes a checkpoint of the same network with fewer layers, ready to use without retraining if it was trained with
+LayerDrop. The input is a .safetensors file, a folder as transformers saves it (config.json and shards included), or a
+file of torch.save (.pt, .pth, .bin, .ckpt), of which EMA weights and the optimizer's state are cut too. Nothing in it is
+executed, and it is not changed.
+
+    layerdrop-fast prune model.safetensors --kept 8 --out model-8.safetensors
+    layerdrop-fast prune bart/ --layers decoder.layers --keep 0,2,4 --out bart-12-3/
+"""
 SIZES = {
     "layers": "depth",
     "d_model": "width of the stream",
@@ -70,6 +80,13 @@ def _rate(text: str) -> float:
         return check_rate(float(text), "it")
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1") from None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,2,4") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,6 +175,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--threads", type=_whole_number(1, 4096), metavar="N", help="of the CPU (default: torch's)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write all figures there, as JSON")
+    prune = commands.add_parser(
+        "prune",
+        help="cut a checkpoint to fewer layers",
+        description=PRUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prune.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, a file or folder")
+    prune.add_argument("--out", type=Path, required=True, metavar="OUT", help="file or folder to write; must not exist")
+    which = prune.add_mutually_exclusive_group(required=True)
+    which.add_argument("--kept", type=_whole_number(1, 1 << 20), metavar="N", help="how many layers to keep")
+    which.add_argument("--keep", type=_numbers, metavar="I,J,...", help="which layers to keep, counted from 0")
+    prune.add_argument(
+        "--strategy",
+        choices=tuple(prune_files.STRATEGIES),
+        default="every-other",
+        help="which ones with --kept: at even distances, the first or the last (default: %(default)s)",
+    )
+    prune.add_argument(
+        "--layers",
+        action="append",
+        metavar="PREFIX",
+        help="the list of layers to cut, such as decoder.layers, where there are several; may be given again",
+    )
     commands.add_parser("info", help="versions, and which backends work here", description="Versions and backends.")
     return parser
 
@@ -179,6 +219,11 @@ def _bench(options: argparse.Namespace) -> None:
     command.run(command.Options(setting, options.ways, options.rounds, options.out))
 
 
+def _prune(options: argparse.Namespace) -> None:
+    names = ("source", "out", "kept", "keep", "strategy", "layers")
+    prune_files.run(prune_files.Options(**{name: getattr(options, name) for name in names}))
+
+
 def _tune(options: argparse.Namespace) -> None:
     if find_spec("triton") is None:
         raise RecipeError("tune needs Triton, which comes with torch's CUDA and ROCm builds")
@@ -195,7 +240,7 @@ def _info(options: argparse.Namespace) -> None:
     print(describe())
 
 
-COMMANDS = {"demo": _demo, "bench": _bench, "tune": _tune, "info": _info}
+COMMANDS = {"demo": _demo, "bench": _bench, "prune": _prune, "tune": _tune, "info": _info}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

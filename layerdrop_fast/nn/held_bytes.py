@@ -16,6 +16,7 @@ def branch_bytes(
     autocast: torch.dtype | None = None,
     memory_tokens: int = 0,
     enters: bool = True,
+    share: float = 1.0,
 ) -> int:
     """What one branch of a layer holds for backward: tokens times what a token needs, and what does not depend on them.
 
@@ -25,7 +26,8 @@ def branch_bytes(
         every norm       1 / sqrt(variance), one number a token
 
     Post-norm, a branch that ``enters`` from the stream holds its input as well, one behind a norm of the same layer
-    does not. With ``recompute="qkv"`` neither query, key nor value are held; layer scale holds the scaled matrix.
+    does not. With ``recompute="qkv"`` neither query, key nor value are held; layer scale holds the scaled matrix. Of
+    heads and hidden channels only the ``share`` that runs.
     """
     inner, wide = (dtype if autocast is None else autocast).itemsize, accumulator(dtype).itemsize
     attention, width = layer.self_attn, layer.d_model
@@ -40,7 +42,7 @@ def branch_bytes(
             if branch == 0 and layer.recompute:  # the input as it was, to cast it anew
                 total += tokens * width * dtype.itemsize
     if is_ffn:
-        total += tokens * layer.linear1.out_features * inner
+        total += int(tokens * layer.linear1.out_features * share) * inner
         end = layer.linear2.weight
     else:
         heads = attention.head_dim * attention.num_kv_heads * 2
@@ -49,10 +51,10 @@ def branch_bytes(
             held += 0 if layer.recompute else attention.nhead * attention.head_dim + heads
         else:
             held += attention.nhead * attention.head_dim
-            total += memory_tokens * heads * inner
+            total += int(memory_tokens * heads * share) * inner
             if autocast is not None:  # cast memory, and the cast matrix
                 total += (memory_tokens + heads) * width * inner
-        total += int(tokens * held * inner)
+        total += int(tokens * held * inner * share)
         end = attention.out_proj.weight
         if autocast is not None:
             total += end.numel() * inner

@@ -12,6 +12,7 @@ from torch import Tensor
 from layerdrop_fast import ops
 from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.packed import Packed
+from layerdrop_fast.nn.parts import part_blocks
 from layerdrop_fast.nn.residual import Step
 from layerdrop_fast.nn.transformer_layer import SITES_PER_BRANCH
 from layerdrop_fast.nn.turn import Kept, Turn
@@ -44,7 +45,24 @@ def steps_of(stack: TransformerStack, x: Tensor, turn: Turn, packed: Packed | No
             layer = branch // branches
             rate = 0.0 if key is None else rates[layer]
             steps[branch] = Step(rows, samples, scale, rate, key, site, inner, numbers, layers[layer].training)
+    _add_parts(stack, turn, steps, x.device)
     return steps
+
+
+def _add_parts(stack: TransformerStack, turn: Turn, steps: dict[int, Step], device: torch.device) -> None:
+    """Of branches that run in parts, which; one that keeps none does not run."""
+    found = []
+    for unit in turn.kept:
+        for place, parts in enumerate(unit.parts):
+            branch = unit.unit * len(unit.parts) + place
+            if parts is not None and not parts.kept:
+                del steps[branch]
+            elif parts is not None and len(parts.kept) < parts.total:
+                layer, number = divmod(branch, stack._branches)
+                found.append((branch, (stack.layers[layer], number, parts)))
+    if found:
+        blocks = part_blocks([kept for _, kept in found], device)
+        steps.update((branch, steps[branch]._replace(parts=part)) for (branch, _), part in zip(found, blocks, strict=True))
 
 
 def _packed_rows(

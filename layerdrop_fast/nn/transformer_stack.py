@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from layerdrop_fast.nn.attention import Attend, KVCache
 from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
 from layerdrop_fast.nn.held_bytes import branch_bytes
 from layerdrop_fast.nn.packed import Packed
+from layerdrop_fast.nn.parts import PARTS, PartSchedules
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.steps import steps_of
@@ -26,7 +27,8 @@ from layerdrop_fast.nn.turn import Kept, Turn
 from layerdrop_fast.plan import DropPlan
 from layerdrop_fast.schedule import DropSchedule, FloatArray
 
-TARGETS = ("layer", "branch")
+TARGETS = ("layer", "branch", *PARTS)
+Rates: TypeAlias = "float | Sequence[float] | DropSchedule"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +136,10 @@ class TransformerStack(LayerDropStack):
         self,
         layers: Sequence[TransformerLayer],
         *,
-        schedule: float | Sequence[float] | DropSchedule = 0.2,
+        schedule: Rates | Mapping[str, Rates] = 0.2,
         granularity: str = "batch",
         target: str = "layer",
+        ffn_chunks: int = 8,
         sampling: str = "bernoulli",
         scale: str = "none",
         seed: int | None = None,
@@ -145,9 +148,15 @@ class TransformerStack(LayerDropStack):
         hidden_states: bool = False,
     ) -> None:
         check_choice(target, "target", TARGETS)
+        schedules = schedule if isinstance(schedule, Mapping) else {target: schedule}
+        for name in schedules:
+            check_choice(name, "target in schedule", TARGETS)
+        if not schedules or {"layer", "branch"} <= set(schedules):
+            raise ValueError(f"schedule has the targets {list(schedules)}, expected some, and not both layer and branch")
+        whole = "branch" if "branch" in schedules else "layer"
         super().__init__(
             layers,
-            schedule,
+            schedules.get(whole, 0.0),
             granularity=granularity,
             sampling=sampling,
             scale=scale,
@@ -156,13 +165,15 @@ class TransformerStack(LayerDropStack):
             max_kept=max_kept,
             hidden_states=hidden_states,
         )
-        self.target = target
+        self.target = whole
+        self.parts = PartSchedules.of(schedules, self._each, ffn_chunks)
+        self.parts.check(self.granularity, self.scale)
         self._known_sites: Tensor | None = None
         self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
 
     @classmethod
     def from_layers(
-        cls, layers: Iterable[nn.Module], schedule: float | Sequence[float] | DropSchedule = 0.2, **keywords: Any
+        cls, layers: Iterable[nn.Module], schedule: Rates | Mapping[str, Rates] = 0.2, **keywords: Any
     ) -> TransformerStack:
         """A stack of given layers: TransformerLayers, or torch's, whose parameters are shared, not copied.
 
@@ -180,6 +191,14 @@ class TransformerStack(LayerDropStack):
     @property
     def units_per_layer(self) -> int:
         return self._branches if self.target == "branch" else 1
+
+    def rates(self, step: int) -> FloatArray:
+        """The drop rate of every decision of a plan: of layers or branches, of heads, of chunks, layer by layer each."""
+        return np.concatenate([super().rates(step), *self.parts.rates(self._each, step)])
+
+    @property
+    def _each(self) -> Iterable[TransformerLayer]:
+        return self.layers  # type: ignore[return-value]
 
     @property
     def _first(self) -> TransformerLayer:
@@ -361,12 +380,23 @@ class TransformerStack(LayerDropStack):
 
     def _kept(self, plan: DropPlan, batch: int) -> list[Kept]:
         kept = super()._kept(plan, batch)
+        if self.parts:
+            return self._in_parts(plan, kept)
         if self._compiled is None:
             return kept
         if plan.batch_size is None:
             everyone = torch.arange(batch, dtype=torch.int32, device=plan.device)
             kept = [unit._replace(rows=everyone[: unit.num_rows]) for unit in kept]
         return with_unknown_sizes(kept)
+
+    def _in_parts(self, plan: DropPlan, kept: list[Kept]) -> list[Kept]:
+        """The units with the heads and chunks that are kept of them; those of which none is kept do not run."""
+        if self.always_rows:
+            raise ValueError("the layers are compiled, expected them eager where heads or chunks are dropped")
+        parts = self.parts.kept(self._each, plan, len(self.layers) * self.units_per_layer, self.scale)
+        per_unit = self._branches // self.units_per_layer
+        kept = [unit._replace(parts=parts[unit.unit * per_unit : (unit.unit + 1) * per_unit]) for unit in kept]
+        return [unit for unit in kept if any(part is None or part.kept for part in unit.parts)]
 
     def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
         many = 1 << 20  # what does not depend on tokens is not counted
@@ -382,7 +412,7 @@ class TransformerStack(LayerDropStack):
         for layer, units in groupby(kept, lambda unit: unit.unit // self.units_per_layer):
             ran = {unit.unit for unit in units}
             numbers = range(layer * branches, (layer + 1) * branches)
-            yield layer, [steps[b] if self.target == "layer" or b in ran else None for b in numbers]
+            yield layer, [steps.get(b) if self.units_per_layer == 1 or b in ran else None for b in numbers]
 
 
 def _is_enclosed(layer: nn.Module) -> bool:

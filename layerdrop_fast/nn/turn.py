@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from layerdrop_fast.nn.parts import Parts
 from layerdrop_fast.plan import DropPlan
 
 
@@ -18,6 +19,13 @@ class Kept(NamedTuple):
     rows: Tensor | None  # int32 [K], the samples that keep it, ascending; None: all
     num_rows: int  # K
     scale: float  # the residual scale
+    parts: Sequence[Parts | None] = ()  # of each of its branches; None, or no entry: all of it
+
+    @property
+    def share(self) -> float:
+        """How much of its branches runs."""
+        shares = [1.0 if part is None else len(part.kept) / part.total for part in self.parts]
+        return sum(shares) / len(shares) if shares else 1.0
 
 
 @dataclass(frozen=True)

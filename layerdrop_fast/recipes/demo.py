@@ -30,7 +30,8 @@ from layerdrop_fast.recipes.bench.ways import WAYS
 from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, load_weights, save_checkpoint
 from layerdrop_fast.recipes.evaluation import depth_curve
 from layerdrop_fast.recipes.files import RecipeError, locked, read_bytes, write_atomically
-from layerdrop_fast.recipes.progress import StopSignal, stage
+from layerdrop_fast._progress import stage
+from layerdrop_fast.recipes.stop_signal import StopSignal
 from layerdrop_fast.recipes.text import Corpus, bigram_bits_per_byte, from_file, standard_library, validation_windows
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Progress, Recipe, Stopped, Training, train
 from layerdrop_fast.schedule import linear

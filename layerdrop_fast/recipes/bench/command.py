@@ -14,7 +14,8 @@ from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.bench.table import table
 from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY
 from layerdrop_fast.recipes.files import RecipeError, write_atomically
-from layerdrop_fast.recipes.progress import StopSignal, stage
+from layerdrop_fast._progress import stage
+from layerdrop_fast.recipes.stop_signal import StopSignal
 from layerdrop_fast.recipes.training import Stopped
 
 

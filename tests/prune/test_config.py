@@ -1,0 +1,44 @@
+"""prune_config, on configs as transformers and fairseq have them."""
+
+import pytest
+
+from layerdrop_fast.prune import prune_config
+
+BART = {"encoder_layers": 6, "decoder_layers": 6, "num_hidden_layers": 6, "encoder_layerdrop": 0.2, "d_model": 8}
+T5 = {"num_layers": 6, "num_decoder_layers": 6, "d_model": 8}
+QWEN = {"num_hidden_layers": 4, "layer_types": ["full", "sliding", "full", "sliding"], "max_window_layers": 4, "vocab": [1, 2, 3, 4]}
+BOTH = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 4}}
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix", "total", "changed"),
+    [
+        ({"num_hidden_layers": 12, "hidden_size": 8}, "bert.encoder.layer", 12, {"num_hidden_layers": 2}),
+        ({"n_layer": 12}, "transformer.h", 12, {"n_layer": 2}),
+        (BART, "model.decoder.layers", 6, {"decoder_layers": 2}),
+        (BART, "model.encoder.layers", 6, {"encoder_layers": 2, "num_hidden_layers": 2}),
+        (T5, "encoder.block", 6, {"num_layers": 2}),
+        (T5, "decoder.block", 6, {"num_decoder_layers": 2}),
+        (QWEN, "model.layers", 4, {"num_hidden_layers": 2, "layer_types": ["full", "sliding"]}),
+        (BOTH, "text_model.layers", 4, {"text_config": {"num_hidden_layers": 2}}),
+        ({"text_config": {"num_hidden_layers": 4}, "model_type": "x"}, "layers", 4, {"text_config": {"num_hidden_layers": 2}}),
+    ],
+)
+def test_the_number_of_layers_is_found(config, prefix, total, changed):
+    before = repr(config)
+    assert prune_config(config, {prefix: [0, 3]}, {prefix: total}) == {**config, **changed}
+    assert repr(config) == before
+
+
+def test_both_sides_at_once():
+    keep = {"encoder.layers": [0], "decoder.layers": [0, 1]}
+    small = prune_config(BART, keep, {"encoder.layers": 6, "decoder.layers": 6})
+    assert (small["encoder_layers"], small["decoder_layers"], small["num_hidden_layers"]) == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"), [({"num_hidden_layers": 11}, "layers"), ({"d_model": 3}, "layers"), (BOTH, "layers")]
+)
+def test_a_config_of_another_model_is_refused(config, prefix):
+    with pytest.raises(ValueError, match="expected the 4 layers of 'layers' in one place"):
+        prune_config(config, {prefix: [0]}, {prefix: 4})
