@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ class DataDriven(nn.Module):
     """Learns a drop rate for each layer of a stack, with their mean fixed: layers that help are dropped less.
 
     The score of layer l is a small network's answer to its activation, s_l = w2 . tanh(W1 a_l + b1) with a_l the mean
-    over samples and positions of what the layer puts out, scaled to norm sqrt(D), as a running mean over steps (the
-    plan of a step is drawn before its activations exist). The rates are a softmax with room for one:
+    over samples and positions of what the layer adds to the stream, scaled to norm sqrt(D), as a running mean over steps
+    (the plan of a step is drawn before its activations exist). The rates are a softmax with room for one:
 
         p_l = 0.95 * sigmoid(s_l + b),  b such that mean(p) = target_rate
 
@@ -152,17 +153,25 @@ class DataDriven(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
-            layer.register_forward_hook(lambda layer, inputs, out, index=index: self._take(index, out))
+            layer.register_forward_hook(partial(self._take, index), with_kwargs=True)
             for index, layer in enumerate(self._stack[0].layers)
         ]
 
     @torch.no_grad()
-    def _take(self, index: int, out: Any) -> None:
+    def _take(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         self._hooks[index].remove()
-        out = out[0] if isinstance(out, tuple) else out
-        mean = out.float().flatten(0, -2).mean(0)
+        if keywords.get("visit") is not None:  # in a TransformerStack the last branch is still to be added
+            before, behind = (inputs[0], keywords["y"]), out
+        else:
+            before, behind = inputs[:1], out[:1] if isinstance(out, tuple) else (out,)
+        added = sum(map(_mean, behind)) - sum(map(_mean, before))
         known = self.activations[index]
-        known.copy_(torch.where(known.any(), torch.lerp(mean, known, self.momentum), mean))
+        known.copy_(torch.where(known.any(), torch.lerp(added, known, self.momentum), added))
+
+
+def _mean(x: Tensor | None) -> Any:
+    """Over samples and positions."""
+    return 0.0 if x is None or not x.numel() else x.float().flatten(0, -2).mean(0)
 
 
 def _rates(scores: Tensor, mean: float) -> Tensor:

@@ -220,9 +220,9 @@ def test_scores_of_another_model_are_refused(tmp_path):
     file = tmp_path / "scores.json"
     search(Model(LISTS["ModuleList"](4)), evaluate, kept=2, layers="layers", resume=file)
     before = file.read_bytes()
-    torch.manual_seed(99)
+    other = Model(nn.ModuleList(blocks(4, seed=99)))
     with pytest.raises(ValueError, match="of another model or another evaluate"):
-        search(Model(LISTS["ModuleList"](4)), evaluate, kept=2, layers="layers", resume=file)
+        search(other, evaluate, kept=2, layers="layers", resume=file)
     assert file.read_bytes() == before
     file.write_text("{}")
     with pytest.raises(ValueError, match="holds no scores of a search"):
