@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from layerdrop_fast._checks import check_count, check_rate
+from layerdrop_fast.nn.distributed import several_ranks
+from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
+from layerdrop_fast.nn.transformer_layer import Visit
 from layerdrop_fast.schedule import DropSchedule, per_layer
 
-# What the linear maps that end a branch are called: here and in torch, fairseq, transformers (BERT, GPT-2, Llama), timm.
-ENDS = ("out_proj", "linear2", "fc2", "output.dense", "c_proj", "o_proj", "down_proj", "proj")
 HIGHEST_RATE = 0.95  # a layer that never runs could never show that it is missed
 HALVINGS = 60
 
@@ -22,23 +23,26 @@ HALVINGS = 60
 class DataDriven(nn.Module):
     """Learns a drop rate for each layer of a stack, with their mean fixed: layers that help are dropped less.
 
-    The score of layer l is a small network's answer to its activation, s_l = w2 . tanh(W1 a_l + b1) with a_l the mean
+    The score of layer l is a small network's answer to its activation, s_l = w2 . tanh(W1 a_l + b1), with a_l the mean
     over samples and positions of what the layer adds to the stream, scaled to norm sqrt(D), as a running mean over steps
     (the plan of a step is drawn before its activations exist). The rates are a softmax with room for one:
 
         p_l = 0.95 * sigmoid(s_l + b),  b such that mean(p) = target_rate
 
     which for small rates is ``L * target_rate * softmax(s)_l`` and never passes 0.95: a layer that never ran could not
-    show that it is missed. What the loss says of a rate comes
-    from the weights' gradients: the output of a branch is linear in its last weight W, so the derivative of the loss by
-    a factor at the branch is ``<W, dW>``, with no pass and no memory of its own; of a kept layer, divided by 1 - p_l, it
-    is the derivative by the density, to first order, in expectation over plans.
+    show that it is missed.
+
+    What a layer is worth is a ridge regression of the loss on the decisions, in which earlier steps count less and
+    less: ``loss = c + e . (m - (1 - p))``, m_l = 1 where layer l was kept. Its slope e_l is the derivative of the
+    expected loss by the density 1 - p_l, so ``-e_l`` is the gradient of p_l. Dropped layers are skipped and nothing is
+    held for it.
 
         driven = DataDriven(stack, 0.5)
         optimizer = torch.optim.AdamW([*model.parameters(), *driven.parameters()])
         for batch in batches:
-            loss(model(batch)).backward()
-            driven.backward()  # now and then: gradients of its own parameters, and new rates
+            loss = criterion(model(batch))
+            loss.backward()
+            driven.backward(loss)  # every so many steps: gradients of its own parameters, and new rates
             optimizer.step()
             optimizer.zero_grad()
         small = extract(model, driven.keep(8))
@@ -47,29 +51,35 @@ class DataDriven(nn.Module):
     own parametrisation was never published.
 
     Args:
-        stack: a LayerDropStack or TransformerStack; its schedule's depth profile is set, its time multiplier stays.
+        stack: a LayerDropStack or TransformerStack, eager; its schedule's depth profile is set, its time multiplier
+            stays.
         target_rate: the mean of the drop rates, in (0, 0.95).
         hidden: width of the small network.
         every: steps from one gradient and setting of the rates to the next; it waits for the device, and in the step
             behind it the layers' outputs are looked at.
         momentum: of the running mean of activations.
-        ends: names of the linear maps that end a layer's branches, as suffixes of ``layer.named_modules()``.
+        memory: steps over which the regression's weights of earlier steps fall to 1 / e.
+        width: of the stream; None: the layers' ``d_model``.
 
     Shapes:
-        rates: float32 [L]; activations: float32 [L, D]
+        rates: float32 [L]; activations: float32 [L, D]; slopes: float64 [L]
 
-    State dict: the small network, activations and rates; loading it sets the stack's schedule.
+    State dict: the small network, activations, rates and the regression; loading it sets the stack's schedule.
+
+    On several ranks losses and activations are averaged, so that all have the same rates; every rank calls ``backward``
+    as often.
 
     Raises:
-        ValueError: a number out of range; a layer without such a linear map. TypeError: another kind of stack or number.
+        ValueError: a number out of range. TypeError: another kind of stack or number.
 
-    Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3, "Data Driven Pruning"; Molchanov et al. 2017 (arXiv
-    1611.06440) for what a factor's derivative says.
+    Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3, "Data Driven Pruning".
     """
 
     rates: Tensor
     activations: Tensor
-    derivatives: Tensor  # of the loss by each layer's density, summed since the last gradient
+    normal: Tensor  # of the regression: [X^T X | X^T y] with X = [1, m - (1 - p)], earlier steps weighing less
+    new: Tensor  # the same of the steps since the last gradient
+    steps: Tensor
 
     def __init__(
         self,
@@ -79,7 +89,8 @@ class DataDriven(nn.Module):
         hidden: int = 32,
         every: int = 10,
         momentum: float = 0.9,
-        ends: Sequence[str] = ENDS,
+        memory: int = 500,
+        width: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(stack, LayerDropStack):
@@ -89,17 +100,21 @@ class DataDriven(nn.Module):
             raise ValueError(f"target_rate is {target_rate}, expected a number in (0, {HIGHEST_RATE})")
         check_count(hidden, "hidden", 1)
         self.every, self.momentum = check_count(every, "every", 1), check_rate(momentum, "momentum")
+        self.memory = check_count(memory, "memory", 1)
         self._stack = (stack,)  # not a part of this module
-        self._ends = [_ends_of(layer, index, tuple(ends)) for index, layer in enumerate(stack.layers)]
-        weight = self._ends[0][0].weight
-        width, layers = weight.shape[0], len(stack.layers)
-        self.hidden = nn.Linear(width, hidden, device=weight.device)
-        self.score = nn.Linear(hidden, 1, bias=False, device=weight.device)
+        width = getattr(stack.layers[0], "d_model", None) if width is None else width
+        if width is None:
+            kind = type(stack.layers[0]).__name__
+            raise ValueError(f"width is None, expected the stream's last dimension: {kind} has no d_model")
+        layers, width, device = len(stack.layers), check_count(width, "width", 1), _device_of(stack)
+        self.hidden = nn.Linear(width, hidden, device=device)
+        self.score = nn.Linear(hidden, 1, bias=False, device=device)
         nn.init.zeros_(self.score.weight)  # all rates are the same at first
-        self.register_buffer("activations", torch.zeros(layers, width, device=weight.device))
-        self.register_buffer("rates", torch.full((layers,), self.target_rate, device=weight.device))
-        self.register_buffer("derivatives", torch.zeros(layers, device=weight.device), persistent=False)
-        self._steps = 0
+        self.register_buffer("activations", torch.zeros(layers, width, device=device))
+        self.register_buffer("rates", torch.full((layers,), self.target_rate, device=device))
+        self.register_buffer("normal", torch.zeros(layers + 1, layers + 2, dtype=torch.float64))
+        self.register_buffer("new", torch.zeros(layers + 1, layers + 2, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._hooks: list[Any] = []
         self.register_load_state_dict_post_hook(lambda module, _: module._set_rates())
         self._set_rates()
@@ -111,22 +126,40 @@ class DataDriven(nn.Module):
         scores = self.score(torch.tanh(self.hidden(self.activations / scale)))[:, 0]
         return _rates(scores, self.target_rate)
 
-    def backward(self) -> None:
-        """Takes what the gradients of the layers' weights say; every so many steps, adds to this module's gradients.
+    def backward(self, loss: Tensor) -> None:
+        """Takes the loss of the last forward; every so many of them, adds to this module's gradients and sets rates.
 
-        To be called between the loss's backward and the optimizer's step, once a step.
+        To be called once a training forward, between the loss's backward and the optimizer's step.
+
+        Args:
+            loss: as the forward's plan left it: float [], or [B] at granularity "sample", one a sample.
+
+        Raises:
+            ValueError: another shape. RuntimeError: there was no training forward yet. Nothing has changed then.
         """
-        by_factor = torch.stack([self._by_factor(ends) for ends in self._ends])
-        self.derivatives += by_factor / (1 - self.rates)
-        self._steps += 1
-        if self._steps % self.every == 0:
-            with torch.enable_grad():
-                rates = self()
-                (-(self.derivatives / self.every) * rates).sum().backward()  # rho = 1 - p
-            self.derivatives.zero_()
-            self.rates.copy_(rates.detach())
-            self._set_rates()
-            self._look()
+        stack = self._stack[0]
+        wanted = "[]" if stack.granularity == "batch" else "[B], one a sample"
+        if loss.dim() != (stack.granularity == "sample"):
+            raise ValueError(f"loss: got {list(loss.shape)}, expected {wanted} at granularity {stack.granularity!r}")
+        if not stack.counters.forwards:
+            raise RuntimeError("backward: got no training forward of the stack, expected one before it")
+        plan = stack.plan(stack.counters.forwards - 1, batch_size=len(loss) if loss.dim() else None)
+        kept = plan.keep.double().view(len(self.rates), stack.units_per_layer, -1).mean(1)  # [L, B]
+        density = torch.from_numpy(1.0 - stack.schedule(plan.step))
+        x = torch.cat([torch.ones(1, kept.shape[1], dtype=torch.float64), kept - density[:, None]])
+        y = loss.detach().reshape(1, -1).to("cpu", torch.float64)
+        self.new += (x @ torch.cat([x, y]).t()).to(self.new.device)
+        self.steps += 1
+        if int(self.steps) % self.every == 0:
+            self._learn()
+
+    @property
+    def slopes(self) -> Tensor:
+        """What the loss gains by a layer's density, ``e``: the more negative, the more the layer helps."""
+        normal = self.normal.cpu()
+        ridge = torch.eye(len(normal), dtype=torch.float64)
+        ridge[0, 0] = 1e-12  # the mean is not drawn to 0
+        return torch.linalg.solve(normal[:, :-1] + ridge, normal[:, -1])[1:]
 
     def keep(self, kept: int) -> list[int]:
         """The ``kept`` layers with the lowest drop rates, ascending; of equal ones the first."""
@@ -136,13 +169,18 @@ class DataDriven(nn.Module):
         rates = self.rates.tolist()
         return sorted(sorted(range(layers), key=lambda layer: (rates[layer], layer))[:kept])
 
-    @torch.no_grad()
-    def _by_factor(self, ends: Sequence[nn.Linear]) -> Tensor:
-        """The derivative of the loss by a factor at the layer's branches; 0 for a layer that did not run."""
-        found = torch.zeros((), device=self.rates.device)
-        for parameter in (p for end in ends for p in (end.weight, end.bias) if p is not None and p.grad is not None):
-            found = found + (parameter.float() * parameter.grad.float()).sum()
-        return found
+    def _learn(self) -> None:
+        if several_ranks():
+            self.new.copy_(_mean_over_ranks(self.new, self.rates.device))
+            self.activations.copy_(_mean_over_ranks(self.activations, self.rates.device))
+        self.normal.mul_(math.exp(-self.every / self.memory)).add_(self.new)
+        self.new.zero_()
+        with torch.enable_grad():
+            rates = self()
+            (rates * -self.slopes.to(rates)).sum().backward()
+        self.rates.copy_(rates.detach())
+        self._set_rates()
+        self._look()
 
     def _set_rates(self) -> None:
         stack = self._stack[0]
@@ -160,18 +198,30 @@ class DataDriven(nn.Module):
     @torch.no_grad()
     def _take(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         self._hooks[index].remove()
-        if keywords.get("visit") is not None:  # in a TransformerStack the last branch is still to be added
-            before, behind = (inputs[0], keywords["y"]), out
-        else:
-            before, behind = inputs[:1], out[:1] if isinstance(out, tuple) else (out,)
-        added = sum(map(_mean, behind)) - sum(map(_mean, before))
-        known = self.activations[index]
-        known.copy_(torch.where(known.any(), torch.lerp(added, known, self.momentum), added))
+        before, behind = inputs[0], out[0] if isinstance(out, tuple) else out
+        visit = keywords.get("visit")
+        if isinstance(visit, Visit):  # in a TransformerStack the last branch is still to be added
+            before = _with(before, keywords["y"], visit.before)
+            behind = _with(*out, [step for step in visit.steps if step is not None][-1])
+        if behind.numel():
+            added = (behind.float() - before.float()).flatten(0, -2).mean(0)
+            known = self.activations[index]
+            known.copy_(torch.where(known.any(), torch.lerp(added, known, self.momentum), added))
 
 
-def _mean(x: Tensor | None) -> Any:
-    """Over samples and positions."""
-    return 0.0 if x is None or not x.numel() else x.float().flatten(0, -2).mean(0)
+def _with(x: Tensor, y: Tensor | None, step: Step | None) -> Tensor:
+    """The stream, with the branch that is still to be added."""
+    return x if y is None or step is None else add(x, y, step, in_place=False)
+
+
+def _device_of(stack: nn.Module) -> torch.device | None:
+    return next((weight.device for weight in stack.parameters()), None)
+
+
+def _mean_over_ranks(x: Tensor, device: torch.device) -> Tensor:
+    total = x.to(device, copy=True)
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
 
 
 def _rates(scores: Tensor, mean: float) -> Tensor:
@@ -188,15 +238,3 @@ def _rates(scores: Tensor, mean: float) -> Tensor:
     # b follows the scores so that the mean stays: db = -(slopes . ds) / sum(slopes).
     b = low - ((scores - scores.detach()) * slopes / slopes.sum()).sum()
     return HIGHEST_RATE * torch.sigmoid(scores + b.to(scores.dtype))
-
-
-def _ends_of(layer: nn.Module, index: int, ends: tuple[str, ...]) -> list[nn.Linear]:
-    found = [
-        module
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and any(name == end or name.endswith(f".{end}") for end in ends)
-    ]
-    if not found:
-        names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        raise ValueError(f"layer {index} has linear maps {names}, expected one whose name ends in one of {ends}")
-    return found

@@ -1,5 +1,7 @@
 """DataDriven: rates that are learned, with a mean that stays."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -42,48 +44,68 @@ class Branch(nn.Module):
         return x + self.factor * self.fc2(torch.tanh(self.fc1(x)))
 
 
-@pytest.mark.parametrize("granularity", ["batch", "sample"])
-def test_gradients_of_weights_hold_the_derivative_by_a_factor(granularity):
-    torch.manual_seed(0)
-    stack = LayerDropStack([Branch() for _ in range(5)], 0.5, granularity=granularity, seed=4).double()
-    driven = DataDriven(stack, 0.5, every=1000)
-    stack(torch.randn(4, 6, dtype=torch.float64, requires_grad=True)).square().sum().backward()
-    driven.backward()
-    ran = [layer.factor.grad is not None for layer in stack.layers]
-    assert any(ran)
-    assert granularity == "sample" or not all(ran)
-    expected = torch.stack([torch.zeros(()) if f.grad is None else f.grad for f in (la.factor for la in stack.layers)])
-    torch.testing.assert_close(driven.derivatives, expected / 0.5)
+class Gain(nn.Module):
+    """x + gain"""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x):
+        return x + self.gain
 
 
-def test_the_parameters_get_the_derivative_of_the_expected_loss():
-    """A loss that is linear in every gate: its expectation is known for all rates."""
-    torch.manual_seed(0)
-    gains = torch.tensor([1.0, -2.0, 0.5, 3.0])
+GAINS = torch.tensor([1.0, -2.0, 0.5, 3.0])
 
-    class Gain(nn.Module):
-        def __init__(self, gain):
-            super().__init__()
-            self.fc2 = nn.Linear(1, 1, bias=False)
-            nn.init.constant_(self.fc2.weight, gain)
 
-        def forward(self, x):
-            return x + self.fc2(torch.ones_like(x))
-
-    stack = LayerDropStack([Gain(gain) for gain in gains.tolist()], 0.5, seed=0)
-    driven = DataDriven(stack, 0.5, every=4000)
+def linear_loss(granularity="batch", sampling="bernoulli", every=1000, rate=0.5):
+    """A loss that is linear in every decision, so that its slopes are known, and 200 steps of it."""
+    stack = LayerDropStack([Gain(gain) for gain in GAINS.tolist()], rate, granularity=granularity, sampling=sampling,
+                           seed=0)
+    driven = DataDriven(stack, rate, every=every, width=1)
     nn.init.normal_(driven.score.weight)
-    x = torch.zeros(1, 1, requires_grad=True)
-    stack(x).sum().backward()
-    for _ in range(4000):
-        for weight in stack.parameters():
-            weight.grad = None
-        stack(x).sum().backward()
-        driven.backward()
-    got = driven.score.weight.grad.clone()
+    for _ in range(200):
+        loss = stack(torch.zeros(8, 1, requires_grad=True))[:, 0]
+        loss = loss.mean() if granularity == "batch" else loss
+        loss.sum().backward()
+        driven.backward(loss)
+    return driven
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_the_slopes_are_those_of_the_loss(granularity):
+    torch.manual_seed(0)
+    driven = linear_loss(granularity, every=200)
+    torch.testing.assert_close(driven.slopes, GAINS.double(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(driven.normal[0, 0].item(), 200.0 * (8 if granularity == "sample" else 1))
+
+
+def test_a_fixed_number_of_layers_shows_their_differences():
+    """Systematic sampling keeps two of four layers in every step: only differences of slopes can be seen, or matter."""
+    torch.manual_seed(0)
+    slopes = linear_loss(sampling="systematic", every=200).slopes
+    torch.testing.assert_close(slopes - slopes.mean(), (GAINS - GAINS.mean()).double(), rtol=0.05, atol=0.05)
+
+
+def test_the_parameters_get_the_gradient_of_the_expected_loss():
+    torch.manual_seed(0)
+    driven = linear_loss(every=200)
+    got, rates = driven.score.weight.grad.clone(), driven()
     driven.zero_grad()
-    (-(gains * driven()).sum()).backward()
-    torch.testing.assert_close(got, driven.score.weight.grad, rtol=0.15, atol=0.02)
+    ((1 - rates) @ driven.slopes.float()).backward()
+    assert got.abs().max() > 0.01
+    torch.testing.assert_close(got, driven.score.weight.grad)
+
+
+def test_earlier_steps_count_less():
+    torch.manual_seed(0)
+    stack = LayerDropStack([Gain(1.0), Gain(2.0)], 0.5, seed=0)
+    driven = DataDriven(stack, 0.5, every=2, memory=10, width=1)
+    for _ in range(6):
+        stack(torch.zeros(1, 1, requires_grad=True))
+        driven.backward(torch.ones(()))
+    assert driven.normal[0, 0].item() == pytest.approx(2 * (1 + math.exp(-0.2) + math.exp(-0.4)))
+    assert driven.normal[0, -1].item() == pytest.approx(driven.normal[0, 0].item())
 
 
 @pytest.mark.parametrize("kind", ["fused", "any layers"])
@@ -93,28 +115,28 @@ def test_layers_that_help_are_kept(kind):
     if kind == "fused":
         stack = TransformerStack(6, 8, 2, 16, dropout=0.0, schedule=0.4, sampling="bernoulli", seed=1)
         layers = list(stack.layers)
-        ends = ("out_proj", "linear2")
     else:
         layers = [Branch(8) for _ in range(6)]
-        stack, ends = LayerDropStack(layers, 0.4, seed=1), ("fc2",)
+        stack = LayerDropStack(layers, 0.4, seed=1)
     for index, layer in enumerate(layers):
         for name, weight in layer.named_parameters():
-            if name.rpartition(".")[0].endswith(ends):
+            if name.rpartition(".")[0].endswith(("out_proj", "linear2", "fc2")):
                 nn.init.zeros_(weight)
                 weight.requires_grad_(index in (1, 4))
                 if index not in (1, 4):
                     weight.requires_grad_(True).register_hook(torch.zeros_like)
-    driven = DataDriven(stack, 0.4, every=5, ends=ends)
+    driven = DataDriven(stack, 0.4, every=5, width=8)
     optimizer = torch.optim.Adam([*stack.parameters(), *driven.parameters()], lr=0.01)
     x = torch.randn(8, 5, 8, requires_grad=True)
     target = torch.randn(8, 5, 8)
     for _ in range(300):
         optimizer.zero_grad()
         before = stack.counters.forwards
-        (stack(x) - target).square().mean().backward()
+        loss = (stack(x) - target).square().mean()
+        loss.backward()
         kept = stack.plan(before).layers
         assert [layer for layer in range(6) if next(layers[layer].parameters()).grad is not None] == kept
-        driven.backward()
+        driven.backward(loss)
         optimizer.step()
     rates = driven.rates
     assert rates.mean().item() == pytest.approx(0.4, abs=1e-5)
@@ -126,7 +148,7 @@ def test_layers_that_help_are_kept(kind):
 
 def test_the_time_multiplier_stays():
     stack = LayerDropStack([Branch() for _ in range(3)], DropSchedule(3, uniform(0.1), decreasing(11)))
-    DataDriven(stack, 0.6)
+    DataDriven(stack, 0.6, width=6)
     assert stack.schedule(5).tolist() == pytest.approx([0.3] * 3)
 
 
@@ -134,14 +156,15 @@ def test_it_is_saved_and_resumed():
     def made():
         torch.manual_seed(0)
         stack = LayerDropStack([Branch() for _ in range(4)], 0.5, seed=2)
-        driven = DataDriven(stack, 0.5, every=2)
+        driven = DataDriven(stack, 0.5, every=2, width=6)
         return stack, driven, torch.optim.Adam([*stack.parameters(), *driven.parameters()], lr=0.05)
 
     def steps(stack, driven, optimizer, count):
         for n in range(count):
             optimizer.zero_grad()
-            stack(torch.randn(4, 6, generator=torch.Generator().manual_seed(n))).square().mean().backward()
-            driven.backward()
+            loss = stack(torch.randn(4, 6, generator=torch.Generator().manual_seed(n))).square().mean()
+            loss.backward()
+            driven.backward(loss)
             optimizer.step()
 
     stack, driven, optimizer = made()
@@ -158,7 +181,7 @@ def test_it_is_saved_and_resumed():
 def test_it_looks_at_activations_now_and_then():
     torch.manual_seed(0)
     stack = LayerDropStack([Branch() for _ in range(3)], 0.0, seed=2)
-    driven = DataDriven(stack, 0.5, every=2, momentum=0.5)
+    driven = DataDriven(stack, 0.5, every=2, momentum=0.5, width=6)
     stack.schedule = DropSchedule.of(0.0, 3)
     x = torch.randn(4, 5, 6)
     states, seen = [], x
@@ -174,6 +197,36 @@ def test_it_looks_at_activations_now_and_then():
     assert not any(layer._forward_hooks for layer in stack.layers)
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_of_a_transformer_stack_it_takes_what_each_layer_adds(granularity, norm_first):
+    torch.manual_seed(0)
+    stack = TransformerStack(
+        4, 8, 2, 16, schedule=0.3, granularity=granularity, scale="inverse", hidden_states=True, seed=1,
+        norm_first=norm_first,
+    )
+    driven = DataDriven(stack, 0.3, momentum=0.0)
+    x = torch.randn(6, 5, 8)
+    _, states = stack(x)
+    added = [(behind - before).mean((0, 1)) for before, behind in zip([x, *states], states, strict=False)]
+    assert any(vector.any() for vector in added)
+    torch.testing.assert_close(driven.activations, torch.stack(added).detach())
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_loss_of_another_shape_is_refused(granularity):
+    stack = LayerDropStack([Branch() for _ in range(2)], 0.5, granularity=granularity, seed=2)
+    driven = DataDriven(stack, 0.5, width=6)
+    right, wrong = (torch.ones(()), torch.ones(4)) if granularity == "batch" else (torch.ones(4), torch.ones(()))
+    with pytest.raises(RuntimeError, match="no training forward of the stack"):
+        driven.backward(right)
+    stack(torch.randn(4, 6))
+    with pytest.raises(ValueError, match=rf"loss: got \[4?\], expected \[B?\].* at granularity '{granularity}'"):
+        driven.backward(wrong)
+    driven.backward(right)
+    assert driven.steps == 1
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
@@ -182,12 +235,13 @@ def test_it_looks_at_activations_now_and_then():
         (dict(target_rate="x"), TypeError, "target_rate must be a number"),
         (dict(target_rate=0.5, every=0), ValueError, "every must be at least 1"),
         (dict(target_rate=0.5, hidden=0), ValueError, "hidden must be at least 1"),
-        (dict(target_rate=0.5, ends=("x",)), ValueError, r"layer 0 has linear maps \['fc1', 'fc2'\], expected one"),
+        (dict(target_rate=0.5, memory=0), ValueError, "memory must be at least 1"),
+        (dict(target_rate=0.5, width=None), ValueError, "width is None, expected the stream's last dimension: Branch has no d_model"),
     ],
 )
 def test_errors_name_both_sides(keywords, error, message):
     with pytest.raises(error, match=message):
-        DataDriven(LayerDropStack([Branch(), Branch()], 0.2), **keywords)
+        DataDriven(LayerDropStack([Branch(), Branch()], 0.2), **(dict(width=6) | keywords))
     with pytest.raises(TypeError, match="stack: got Linear"):
         DataDriven(nn.Linear(2, 2), 0.5)
 
@@ -195,4 +249,4 @@ def test_errors_name_both_sides(keywords, error, message):
 @pytest.mark.parametrize("kept", [0, 3])
 def test_keep_names_both_sides(kept):
     with pytest.raises(ValueError, match="kept (is|must be)"):
-        DataDriven(LayerDropStack([Branch(), Branch()], 0.2), 0.5).keep(kept)
+        DataDriven(LayerDropStack([Branch(), Branch()], 0.2), 0.5, width=6).keep(kept)
