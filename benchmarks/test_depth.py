@@ -11,7 +11,7 @@ from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.bench.ways import WAYS
 
 THREADS = 2
-ROUNDS = 5
+ROUNDS = 11
 KEPT = 10
 DEPTHS = (10, 20, 40, 100, 250, 1000)
 WAYS_TO_DEPTH = {"masked": 100, "skip": 1000, "ours": 1000, "limit": 1000}  # masks hold every layer's activations

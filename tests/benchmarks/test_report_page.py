@@ -32,10 +32,13 @@ from tests.benchmarks.results import (
 
 def test_everything_is_written_between_its_markers(results, root, capsys):
     stored(results, one=content(steps()), two=content(depth() + memory(), "2026-01-02T00:00:00+00:00", OTHER))
-    before, _, after = (root / README).read_text().partition("Not measured yet: `make bench`, then `make report`.")
+    before, _, rest = (root / README).read_text().partition("<!-- report:step-table -->")
+    after = rest.partition("<!-- /report:step-table -->")[2]
     assert main([str(results), "--root", str(root)]) == 0
     readme, page = (root / README).read_text(), (root / PAGE).read_text()
+    assert before
     assert readme.startswith(before)
+    assert after
     assert readme.endswith(after)
     block = readme.partition("<!-- report:step-table -->")[2].partition("<!-- /report:step-table -->")[0]
     assert block.count("p = 0.5 by") == 2
