@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,11 +75,11 @@ class KVCache:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._reader: tuple[weakref.ref[nn.Module], int] | None = None  # whose it is, and how many samples
 
-    def enter(self, stack: nn.Module, samples: int) -> None:
-        """Before a forward of this stack, with so many samples.
+    def enter(self, stack: nn.Module, samples: int, positions: int) -> int:
+        """Before a forward of this stack, with so many samples and positions; returns the positions read so far.
 
         Raises:
-            ValueError: the cache has read another number of samples, or for another stack.
+            ValueError: the cache has read another number of samples, or for another stack, or has no room.
         """
         if not self.length:
             self._held.clear()
@@ -90,6 +90,11 @@ class KVCache:
             if held != samples:
                 raise ValueError(f"cache: got x of {samples} samples, expected {held}, as the cache has read")
         self._reader = weakref.ref(stack), samples
+        if self.length + positions > self.max_len:
+            raise ValueError(
+                f"cache: got {self.length} positions read and {positions} new ones, expected at most {self.max_len}"
+            )
+        return self.length
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, num_kv_heads, S, head_dim] of a layer; returns all that it has read."""
@@ -101,6 +106,19 @@ class KVCache:
         for whole, new in zip(held, (k, v), strict=True):
             whole[:, :, self.length : end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
+
+
+def positions_read(cache: Any, stack: nn.Module, x: Tensor) -> int:
+    """The positions that a stack's cache has read, before x [B, S, D] goes in.
+
+    Raises:
+        TypeError: no KVCache. ValueError: the stack is training, or the cache does not fit.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache")
+    if stack.training:
+        raise ValueError("cache: got one while training, expected stack.eval()")
+    return cache.enter(stack, x.shape[0], x.shape[1])
 
 
 class Attention(nn.Module):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 
 from layerdrop_fast.nn.transformer_layer import TransformerLayer
 from layerdrop_fast.reference.rows import accumulator
+from layerdrop_fast.schedule import FloatArray
 
 
 def branch_bytes(
@@ -61,3 +65,13 @@ def branch_bytes(
     if getattr(layer, f"layer_scale{branch + 1}") is not None and (is_ffn or autocast is None):
         total += end.numel() * end.element_size()
     return total
+
+
+def bytes_per_token(layers: Iterable[TransformerLayer], dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
+    """What each layer holds for backward for every token, float64 [L]; what does not depend on tokens is not counted."""
+    many = 1 << 20
+    found = [
+        sum(branch_bytes(layer, branch, many, dtype, autocast) for branch in range(layer.num_branches)) // many
+        for layer in layers
+    ]
+    return np.array(found, dtype=np.float64)

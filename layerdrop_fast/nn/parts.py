@@ -5,17 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from layerdrop_fast._checks import check_count
+from layerdrop_fast._checks import check_choice, check_count
 from layerdrop_fast.ops.blocks import Blocks
 from layerdrop_fast.plan import DropPlan, to_device
 from layerdrop_fast.schedule import DropSchedule, FloatArray, per_layer
 
 PARTS = ("head", "ffn_chunk")
+TARGETS = ("layer", "branch", *PARTS)
+Rates: TypeAlias = "float | Sequence[float] | DropSchedule"
+
+
+def targets_of(schedule: Rates | Mapping[str, Rates], target: str) -> tuple[str, dict[str, Rates]]:
+    """Whether whole layers or branches are dropped, and the rates of each target, of the whole ones 0 if not given.
+
+    Raises:
+        ValueError: a target that does not exist, or both layers and branches.
+    """
+    check_choice(target, "target", TARGETS)
+    given = dict(schedule) if isinstance(schedule, Mapping) else {target: schedule}
+    for name in given:
+        check_choice(name, "target in schedule", TARGETS)
+    if not given or {"layer", "branch"} <= set(given):
+        raise ValueError(f"schedule has the targets {list(given)}, expected some, and not both layer and branch")
+    whole = "branch" if "branch" in given else "layer"
+    return whole, {whole: 0.0, **given}
 
 
 class Parts(NamedTuple):

@@ -5,30 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 
-from layerdrop_fast._checks import check_choice, check_count
+from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.alike import alike
-from layerdrop_fast.nn.attention import Attend, KVCache
+from layerdrop_fast.nn.attention import Attend, KVCache, positions_read
 from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
-from layerdrop_fast.nn.held_bytes import branch_bytes
+from layerdrop_fast.nn.enclosed import is_enclosed
+from layerdrop_fast.nn.held_bytes import bytes_per_token
 from layerdrop_fast.nn.packed import Packed
-from layerdrop_fast.nn.parts import PARTS, PartSchedules
+from layerdrop_fast.nn.parts import PartSchedules, Rates, targets_of
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.steps import steps_of
 from layerdrop_fast.nn.transformer_layer import TransformerLayer, Visit
 from layerdrop_fast.nn.turn import Kept, Turn
 from layerdrop_fast.plan import DropPlan
-from layerdrop_fast.schedule import DropSchedule, FloatArray
-
-TARGETS = ("layer", "branch", *PARTS)
-Rates: TypeAlias = "float | Sequence[float] | DropSchedule"
+from layerdrop_fast.schedule import FloatArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +57,15 @@ class TransformerStack(LayerDropStack):
     Args:
         num_layers: layers; they stand in ``.layers``.
         d_model ... dtype: of each TransformerLayer. There is no norm behind the last layer.
-        schedule, granularity, sampling, scale, seed, accumulation, max_kept, hidden_states: as in LayerDropStack. The
-            residual scale multiplies what a branch adds.
-        target: ``"layer"``, one decision for all branches of a layer; ``"branch"``, one for each.
+        schedule: as in LayerDropStack, of what ``target`` says; or one for each of several targets, for instance
+            ``{"layer": 0.2, "head": 0.1, "ffn_chunk": linear(0.3)}``.
+        granularity, sampling, scale, seed, accumulation, max_kept, hidden_states: as in LayerDropStack. The residual
+            scale multiplies what a branch adds.
+        target: ``"layer"``, one decision for all branches of a layer; ``"branch"``, one for each; ``"head"``, one for
+            each attention head (those that share a key and value head are one); ``"ffn_chunk"``, one for each chunk of
+            the feed-forward network. Products and what is held for backward are those of the kept heads and chunks.
+            Granularity "batch" only, eager, scale "none" or "inverse".
+        ffn_chunks: chunks of a feed-forward network, a divisor of its width.
 
     Raises:
         ValueError, TypeError: as TransformerLayer and LayerDropStack.
@@ -73,7 +76,7 @@ class TransformerStack(LayerDropStack):
     the same graph for all.
 
     Randomness: the plans are ``draw_plan(rates, ...)`` as in LayerDropStack, for target "branch" with each layer's rate
-    once a branch. A dropout mask is a function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0
+    once a branch; behind these come the decisions of heads, then those of chunks, layer by layer. A dropout mask is a function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0
     behind the branch, 1 inside)`` for branch b numbered through the stack, and an element's number in [B, S, D].
 
     Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
@@ -147,16 +150,10 @@ class TransformerStack(LayerDropStack):
         max_kept: int | None = None,
         hidden_states: bool = False,
     ) -> None:
-        check_choice(target, "target", TARGETS)
-        schedules = schedule if isinstance(schedule, Mapping) else {target: schedule}
-        for name in schedules:
-            check_choice(name, "target in schedule", TARGETS)
-        if not schedules or {"layer", "branch"} <= set(schedules):
-            raise ValueError(f"schedule has the targets {list(schedules)}, expected some, and not both layer and branch")
-        whole = "branch" if "branch" in schedules else "layer"
+        whole, schedules = targets_of(schedule, target)
         super().__init__(
             layers,
-            schedules.get(whole, 0.0),
+            schedules[whole],
             granularity=granularity,
             sampling=sampling,
             scale=scale,
@@ -256,7 +253,7 @@ class TransformerStack(LayerDropStack):
         if cu_seqlens is not None:
             excluded = {**masks, "memory": memory, "cache": cache, "is_causal": None}
             return self._packed(x, Packed(cu_seqlens, x.shape[1], max_seqlen), is_causal, position_ids, excluded)
-        past = 0 if cache is None else self._check_cache(cache, x)
+        past = 0 if cache is None else positions_read(cache, self, x)
         attend, memory_attend = self._first.attention(x, memory, **masks, position_ids=position_ids, past=past)
         inputs = Inputs(memory, attend, memory_attend, None, cache, {})
         out = self._forward(x, x.shape[0], (), {"inputs": inputs})
@@ -284,19 +281,6 @@ class TransformerStack(LayerDropStack):
         if self.hidden_states:
             return out[0][None], [state[None] for state in out[1]]
         return out[None]
-
-    def _check_cache(self, cache: KVCache, x: Tensor) -> int:
-        """The positions that the cache has read."""
-        if not isinstance(cache, KVCache):
-            raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache")
-        if self.training:
-            raise ValueError("cache: got one while training, expected stack.eval()")
-        cache.enter(self, x.shape[0])
-        if cache.length + x.shape[1] > cache.max_len:
-            raise ValueError(
-                f"cache: got {cache.length} positions read and {x.shape[1]} new ones, expected at most {cache.max_len}"
-            )
-        return cache.length
 
     def _run(
         self, x: Tensor, turn: Turn, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -366,7 +350,7 @@ class TransformerStack(LayerDropStack):
     @property
     def _owns_stream(self) -> bool:
         """Whether the stream may be written in place, since nobody but the layers sees it."""
-        if self._compiled is not None or self.hidden_states or any(_is_enclosed(layer) for layer in self.layers):
+        if self._compiled is not None or self.hidden_states or any(is_enclosed(layer) for layer in self.layers):
             return False
         return torch._C._functorch.peek_interpreter_stack() is None  # torch.func
 
@@ -399,12 +383,7 @@ class TransformerStack(LayerDropStack):
         return [unit for unit in kept if any(part is None or part.kept for part in unit.parts)]
 
     def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
-        many = 1 << 20  # what does not depend on tokens is not counted
-        found = [
-            sum(branch_bytes(layer, branch, many, x_dtype, autocast) for branch in range(layer.num_branches)) // many
-            for layer in cast(Iterable[TransformerLayer], self.layers)
-        ]
-        return np.array(found, dtype=np.float64)
+        return bytes_per_token(self._each, x_dtype, autocast)
 
     def _by_layer(self, kept: Sequence[Kept], steps: dict[int, Step]) -> Iterator[tuple[int, list[Step | None]]]:
         """The layers that run, and how each of their branches does."""
@@ -413,10 +392,3 @@ class TransformerStack(LayerDropStack):
             ran = {unit.unit for unit in units}
             numbers = range(layer * branches, (layer + 1) * branches)
             yield layer, [steps.get(b) if self.units_per_layer == 1 or b in ran else None for b in numbers]
-
-
-def _is_enclosed(layer: nn.Module) -> bool:
-    """Whether something may stand between the stack and the layer: a checkpoint, FSDP, a compiled region, a hook."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    hooked = bool(hooks) or modules._has_any_global_hook()
-    return type(layer) is not TransformerLayer or hooked or "forward" in vars(layer) or is_compiled(layer)

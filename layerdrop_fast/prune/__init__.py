@@ -6,6 +6,7 @@ from layerdrop_fast.prune.data_driven import DataDriven
 from layerdrop_fast.prune.every_other import every_other
 from layerdrop_fast.prune.extract import extract
 from layerdrop_fast.prune.importance import Importance, layer_importance
+from layerdrop_fast.prune.plots import plot_curves, plot_importance
 from layerdrop_fast.prune.pruning_curve import pruning_curve
 from layerdrop_fast.prune.search import SearchResult, search
 from layerdrop_fast.prune.skip_layers import early_exit, skip_layers
@@ -20,6 +21,8 @@ __all__ = [
     "extract",
     "layer_importance",
     "layer_lists",
+    "plot_curves",
+    "plot_importance",
     "prune_checkpoint",
     "prune_config",
     "prune_optimizer_state_dict",
