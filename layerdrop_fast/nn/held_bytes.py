@@ -24,7 +24,7 @@ def branch_bytes(
 ) -> int:
     """What one branch of a layer holds for backward: tokens times what a token needs, and what does not depend on them.
 
-        self-attention   xhat D, query (H d), key and value (2 H_kv d), output D, one logarithm of a sum a head
+        self-attention   xhat D, query (H d), key and value (2 H_kv d), output H d, one logarithm of a sum a head
         cross-attention  xhat D, query, output, logarithms; of each token of memory: key, value
         feed-forward     xhat D, hidden F (2 F with a gate)
         every norm       1 / sqrt(variance), one number a token
@@ -49,12 +49,12 @@ def branch_bytes(
         total += int(tokens * layer.linear1.out_features * share) * inner
         end = layer.linear2.weight
     else:
-        heads = attention.head_dim * attention.num_kv_heads * 2
-        held = width + attention.nhead * (4 if autocast else wide) / inner
+        queries, heads = attention.head_dim * attention.nhead, attention.head_dim * attention.num_kv_heads * 2
+        held = queries + attention.nhead * (4 if autocast else wide) / inner
         if branch == 0:
-            held += 0 if layer.recompute else attention.nhead * attention.head_dim + heads
+            held += 0 if layer.recompute else queries + heads
         else:
-            held += attention.nhead * attention.head_dim
+            held += queries
             total += int(memory_tokens * heads * share) * inner
             if autocast is not None:  # cast memory, and the cast matrix
                 total += (memory_tokens + heads) * width * inner

@@ -121,6 +121,10 @@ class PartSchedules:
         }
         return PartSchedules(cut, self.ffn_chunks)
 
+    def without(self, part: str) -> PartSchedules:
+        """With all parts of this kind kept."""
+        return PartSchedules({name: found for name, found in self.schedules.items() if name != part}, self.ffn_chunks)
+
     def _total(self, layer: Any, part: str) -> int:
         """How many parts a branch has."""
         return self.ffn_chunks if part == "ffn_chunk" else layer.self_attn.num_kv_heads  # type: ignore[no-any-return]
@@ -134,7 +138,7 @@ def _branches(layer: Any, part: str) -> Sequence[int]:
 
 def part_blocks(kept: Sequence[tuple[Any, int, Parts]], device: torch.device) -> list[PartBlocks]:
     """The blocks of many branches (layer, branch, parts), with one copy to the device."""
-    wanted = [_indices(layer, branch, parts) for layer, branch, parts in kept]
+    wanted = [indices_of(layer, branch, parts) for layer, branch, parts in kept]
     flat = [indices for _, lists in wanted for indices in lists]
     every = to_device(np.array([index for indices in flat for index in indices], dtype=np.int64), device)
     ends = list(accumulate(map(len, flat)))
@@ -146,7 +150,7 @@ def part_blocks(kept: Sequence[tuple[Any, int, Parts]], device: torch.device) ->
     return found
 
 
-def _indices(layer: Any, branch: int, parts: Parts) -> tuple[int, list[list[int]]]:
+def indices_of(layer: Any, branch: int, parts: Parts) -> tuple[int, list[list[int]]]:
     """The size of a block, and the blocks of each of the maps."""
     kept = list(parts.kept)
     if branch == layer.num_branches - 1:

@@ -6,6 +6,7 @@ from layerdrop_fast.prune.data_driven import DataDriven
 from layerdrop_fast.prune.every_other import every_other
 from layerdrop_fast.prune.extract import extract
 from layerdrop_fast.prune.importance import Importance, layer_importance
+from layerdrop_fast.prune.parts import prune_ffn_chunks, prune_heads
 from layerdrop_fast.prune.plots import plot_curves, plot_importance
 from layerdrop_fast.prune.pruning_curve import pruning_curve
 from layerdrop_fast.prune.search import SearchResult, search
@@ -25,6 +26,8 @@ __all__ = [
     "plot_importance",
     "prune_checkpoint",
     "prune_config",
+    "prune_ffn_chunks",
+    "prune_heads",
     "prune_optimizer_state_dict",
     "prune_state_dict",
     "pruning_curve",

@@ -1,0 +1,58 @@
+"""python -m layerdrop_fast.recipes.experiments --out results.json [--text FILE] [--seeds 0 1 2] [--networks NAME ...]
+
+Every result is written when it is there; a second call does only what is missing. ``--report FOLDER`` draws the plots
+and prints the tables of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerdrop_fast.recipes.experiments.runs import NETWORKS, STEPS, run
+from layerdrop_fast.recipes.experiments.summary import plots, tables
+from layerdrop_fast.recipes.files import read_bytes, write_atomically
+from layerdrop_fast.recipes.pool import run_missing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m layerdrop_fast.recipes.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, JSON")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text (default: Python's standard library)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="networks at a time, one thread each (%(default)s)")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only report what is there: plots go here")
+    options = parser.parse_args(arguments)
+    if options.report is None:
+        named = sys.argv[1:] if arguments is None else list(arguments)
+        # The text by its name: a path says nothing to others.
+        named = [Path(word).name if options.text is not None and word == str(options.text) else word for word in named]
+        run_missing(
+            options.out,
+            [(name, seed, options.text, options.steps) for seed in options.seeds for name in options.networks],
+            run,
+            lambda result: (result["network"], result["seed"], options.text, result["steps"]),
+            jobs=options.jobs,
+            command=["python", "-m", "layerdrop_fast.recipes.experiments", *named],
+            tell=lambda result: print(f"{result['network']}, seed {result['seed']}: {result['curve']}", flush=True),
+        )
+    results = json.loads(read_bytes(options.out))["results"]
+    if options.report is not None:
+        options.report.mkdir(parents=True, exist_ok=True)
+        for name, content in plots(results).items():
+            write_atomically(options.report / name, content)
+    print(tables(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
