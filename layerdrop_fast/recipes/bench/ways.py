@@ -6,7 +6,7 @@ A way is made to keep what a plan keeps, as far as its rule allows; ``kept`` say
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerdrop_fast.nn import LayerDropStack, TransformerLayer, TransformerStack, set_step
+from layerdrop_fast.nn.parts import Parts
 from layerdrop_fast.plan import DropPlan, draw_plan
 from layerdrop_fast.recipes.bench.peers import Masked, RunAndDiscard, SampleSkip, Skip, Subset
 from layerdrop_fast.recipes.bench.setting import Setting
@@ -52,6 +53,10 @@ class Way:
     def scale(self, plan: DropPlan) -> float:
         """What a branch is multiplied by."""
         return 1.0
+
+    def parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
+        """Which heads or chunks of which branches run, where that is fewer than all."""
+        return None
 
     def follow(self, plan: DropPlan | None) -> None:
         """Makes the next forward keep ``kept(plan)``; None: what the rule draws."""
@@ -262,6 +267,45 @@ class OursWay(StackWay):
             layer.recompute = self.recompute
         self.stack = TransformerStack.from_layers(converted, self.setting.p, **self.keywords, **self.more)
         return converted
+
+
+class PartsWay(OursWay):
+    """TransformerStack with a decision for each head, each chunk of the feed-forward network, or both.
+
+    Args:
+        targets: of ``TransformerStack``'s schedule, all at the setting's rate.
+    """
+
+    def __init__(self, layers: Layers, setting: Setting, *, targets: Sequence[str]) -> None:
+        self.targets = targets
+        super().__init__(layers, setting)
+
+    def make(self, layers: Layers) -> Sequence[nn.Module]:
+        converted = ours(layers, self.setting)
+        rates = dict.fromkeys(self.targets, self.setting.p)
+        self.stack = TransformerStack.from_layers(converted, rates, **self.keywords)
+        return converted
+
+    def kept(self, plan: DropPlan) -> Tensor:
+        drawn = self.stack.plan(plan.step)
+        units = torch.tensor([any(p is None or p.kept for p in unit) for unit in self._by_layer(drawn)])
+        return units[:, None].expand(-1, self.setting.samples)
+
+    def parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
+        found = [part for unit in self._by_layer(self.stack.plan(plan.step)) for part in unit]
+        masks = {}
+        for branch, part in enumerate(found):
+            if part is not None:
+                masks[branch] = torch.zeros(part.total, dtype=torch.float64, device=self.setting.device)
+                masks[branch][list(part.kept)] = part.scale
+        return masks
+
+    def _by_layer(self, plan: DropPlan) -> list[list[Parts | None]]:
+        """What the plan keeps of each branch of each layer."""
+        stack = self.stack
+        layers: Any = stack.layers
+        found = stack.parts.kept(layers, plan, len(layers) * stack.units_per_layer, stack.scale)
+        return [found[first : first + 2] for first in range(0, len(found), 2)]
 
 
 class LimitWay(Way):
