@@ -54,6 +54,10 @@ class Way:
         """What a branch is multiplied by."""
         return 1.0
 
+    def kept_branches(self, plan: DropPlan) -> Tensor:
+        """The same of every branch, bool [2 L, B]."""
+        return self.kept(plan).repeat_interleave(2, 0)
+
     def parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
         """Which heads or chunks of which branches run, where that is fewer than all."""
         return None
@@ -286,26 +290,25 @@ class PartsWay(OursWay):
         self.stack = TransformerStack.from_layers(converted, rates, **self.keywords)
         return converted
 
-    def kept(self, plan: DropPlan) -> Tensor:
-        drawn = self.stack.plan(plan.step)
-        units = torch.tensor([any(p is None or p.kept for p in unit) for unit in self._by_layer(drawn)])
-        return units[:, None].expand(-1, self.setting.samples)
+    def kept_branches(self, plan: DropPlan) -> Tensor:
+        units = self.stack.plan(plan.step).keep[: len(self.stack.layers) * self.stack.units_per_layer]
+        keep = units.repeat_interleave(2 // self.stack.units_per_layer, 0)
+        some = torch.tensor([part is None or bool(part.kept) for part in self._parts(plan)])
+        return (keep & some[:, None]).expand(-1, self.setting.samples)
 
     def parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
-        found = [part for unit in self._by_layer(self.stack.plan(plan.step)) for part in unit]
         masks = {}
-        for branch, part in enumerate(found):
+        for branch, part in enumerate(self._parts(plan)):
             if part is not None:
                 masks[branch] = torch.zeros(part.total, dtype=torch.float64, device=self.setting.device)
                 masks[branch][list(part.kept)] = part.scale
         return masks
 
-    def _by_layer(self, plan: DropPlan) -> list[list[Parts | None]]:
-        """What the plan keeps of each branch of each layer."""
-        stack = self.stack
-        layers: Any = stack.layers
-        found = stack.parts.kept(layers, plan, len(layers) * stack.units_per_layer, stack.scale)
-        return [found[first : first + 2] for first in range(0, len(found), 2)]
+    def _parts(self, plan: DropPlan) -> list[Parts | None]:
+        """What is kept of every branch."""
+        stack, layers = self.stack, list(self.stack.layers)
+        first = len(layers) * stack.units_per_layer
+        return stack.parts.kept(layers, stack.plan(plan.step), first, stack.scale)
 
 
 class LimitWay(Way):
