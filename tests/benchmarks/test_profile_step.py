@@ -1,7 +1,6 @@
 """Where the time of a step goes."""
 
 import pytest
-import torch
 
 from benchmarks import profile_step
 from layerdrop_fast.recipes.bench.contest import Contest
@@ -40,10 +39,7 @@ def test_all_time_of_a_step_is_of_some_kind_and_masks_are_of_those_that_draw_the
 
 
 def test_the_table_has_a_line_a_kind_and_a_column_a_way(capsys):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     profile_step.main(["ours", "limit", "--layers", "2", "--turns", "1", "--p", "0.5"])
-    torch.set_num_threads(threads)
     title, _, head, *lines = capsys.readouterr().out.splitlines()
     assert title.startswith("2 layers, d 256")
     assert title.endswith("ms a step, median of 1, 1 threads")

@@ -18,10 +18,6 @@ TINY = ["--layers", "4", "--d-model", "8", "--dim-feedforward", "16", "--nhead",
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(command, "measure", functools.partial(measure, draws=3))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bench(*arguments):
@@ -44,7 +40,8 @@ def test_it_prints_the_table_and_writes_what_it_measured(capsys, tmp_path):
     assert "cores, threads: 1, torch" in printed
 
 
-def test_threads_are_set(monkeypatch):
+def test_threads_are_set(monkeypatch, request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
     seen = []
     monkeypatch.setattr(command, "measure", lambda *_, **__: seen.append(torch.get_num_threads()) or {})
     assert bench("--threads", "2") == 0
