@@ -27,7 +27,7 @@ from layerdrop_fast.recipes.info import describe
 from layerdrop_fast.recipes.run import device_of
 from layerdrop_fast.recipes.training import Recipe, Stopped
 from layerdrop_fast.recipes.words import WIKITEXT
-from layerdrop_fast.schedule import alternating, linear, uniform
+from layerdrop_fast.schedule import Depth, alternating, linear, uniform
 
 DEMO = """\
 Trains two small language models that predict text byte by byte, one with LayerDrop (whole layers are skipped at random
@@ -56,8 +56,8 @@ deciding costs.
 PRUNE = """\
 Writes a checkpoint of the same network with fewer layers, ready to use without retraining if it was trained with
 LayerDrop. The input is a .safetensors file, a folder as transformers saves it (config.json and shards included), or a
-file of torch.save (.pt, .pth, .bin, .ckpt), of which EMA weights and the optimizer's state are cut too. Nothing in it is
-executed, and it is not changed.
+file of torch.save (.pt, .pth, .bin, .ckpt), of which EMA weights and the optimizer's state are cut too. Nothing in it
+is executed, and it is not changed.
 
     layerdrop-fast prune model.safetensors --kept 8 --out model-8.safetensors
     layerdrop-fast prune bart/ --layers decoder.layers --keep 0,2,4 --out bart-12-3/
@@ -81,7 +81,7 @@ SIZES = {
     "samples": "samples in a batch",
     "length": "positions in a sample",
 }
-PROFILES = {"uniform": uniform, "linear": linear, "alternating": alternating}
+PROFILES: dict[str, Callable[[float], Depth]] = {"uniform": uniform, "linear": linear, "alternating": alternating}
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -238,7 +238,9 @@ def _add_train(commands: Any) -> None:
     source.add_argument("--dataset", choices=tuple(WIKITEXT), help="fetched by datasets, read word by word")
     lm.add_argument("--out", type=Path, default=Path("out/lm"), metavar="DIR", help="(default: %(default)s)")
     lm.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
-    lm.add_argument("--p", type=_rate, default=0.2, metavar="P", help="drop rate; the highest of a profile (%(default)s)")
+    lm.add_argument(
+        "--p", type=_rate, default=0.2, metavar="P", help="drop rate; the highest of a profile (%(default)s)"
+    )
     lm.add_argument("--profile", choices=tuple(PROFILES), default="uniform", help="rates over depth (%(default)s)")
     lm.add_argument("--fade", action="store_true", help="rates fall to 0 over the run")
     lm.add_argument("--granularity", choices=GRANULARITIES, default="batch", help="(default: %(default)s)")
@@ -249,8 +251,14 @@ def _add_train(commands: Any) -> None:
     lm.add_argument("--scale", choices=("none", "inverse"), default="none", help="residual scale (%(default)s)")
     lm.add_argument("--learned", action="store_true", help="learn a rate for each layer, P their mean")
     lm.add_argument("--equal-work", action="store_true", help="as many more steps as dropped layers save")
-    for name, what in (("steps", "training steps"), ("batch", "windows of a microbatch"), ("accumulation", "microbatches")):
-        lm.add_argument(f"--{name}", type=_whole_number(1, 10_000_000), metavar="N", help=f"{what} (the configuration's)")
+    for name, what in (
+        ("steps", "training steps"),
+        ("batch", "windows of a microbatch"),
+        ("accumulation", "microbatches"),
+    ):
+        lm.add_argument(
+            f"--{name}", type=_whole_number(1, 10_000_000), metavar="N", help=f"{what} (the configuration's)"
+        )
     lm.add_argument("--seed", type=_whole_number(0, 2**31 - 1), metavar="N", help="(default: 0)")
     lm.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: the configuration's)")
     lm.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU where there is one)")

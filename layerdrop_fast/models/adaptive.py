@@ -41,7 +41,7 @@ class AdaptiveEmbedding(nn.Module):
             projection, rows = tail[0].weight, tail[1].weight  # type: ignore[index]
             band = F.embedding((tokens - first).clamp(0, end - first - 1), rows) @ projection
             found = torch.where((tokens >= first).unsqueeze(-1), band.to(found.dtype), found)
-        return found * math.sqrt(softmax.in_features)
+        return found * math.sqrt(softmax.in_features)  # type: ignore[no-any-return]
 
 
 def check_cutoffs(cutoffs: Sequence[int], vocab_size: int) -> list[int]:
@@ -57,7 +57,7 @@ def check_cutoffs(cutoffs: Sequence[int], vocab_size: int) -> list[int]:
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
-    """What marks each position, float32 [length, width]: sines in the first half of the channels, cosines in the second.
+    """What marks each position, float32 [length, width]: sines in the first half of the channels, then cosines.
 
     Channel i of a half has the wave length 2 pi 10000^(i / (width / 2 - 1)).
 

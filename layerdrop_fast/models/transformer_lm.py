@@ -23,8 +23,8 @@ class TransformerLM(nn.Module):
     """A decoder-only Transformer language model with LayerDrop: the logits of each next token.
 
     Token embeddings, positions, ``num_layers`` causal pre-norm layers in a TransformerStack (``self.stack``), a final
-    norm, a linear head or, with ``cutoffs``, an adaptive softmax that shares its tables with the embeddings. ``prune.extract(model,
-    prune.every_other(num_layers, kept=r))`` cuts it to r layers.
+    norm, a linear head or, with ``cutoffs``, an adaptive softmax that shares its tables with the embeddings.
+    ``prune.extract(model, prune.every_other(num_layers, kept=r))`` cuts it to r layers.
 
     Shapes:
         tokens: int64 [B, S], S <= max_len -> logits [B, S, vocab_size]; with ``cutoffs`` they are log-probabilities
@@ -166,7 +166,7 @@ class TransformerLM(nn.Module):
         x = self.norm(self._stream(tokens, None)).flatten(0, 1)
         if isinstance(self.head, nn.AdaptiveLogSoftmaxWithLoss):
             losses = -self.head(x, targets.flatten()).output
-            return losses.view(targets.shape).mean(1) if per_sample else losses.mean()
+            return losses.view(targets.shape).mean(1) if per_sample else losses.mean()  # type: ignore[no-any-return]
         logits = self.head(x)
         if not per_sample:
             return F.cross_entropy(logits, targets.flatten())
@@ -176,7 +176,7 @@ class TransformerLM(nn.Module):
         """Of a stream [..., D]."""
         x = self.norm(x)
         if isinstance(self.head, nn.AdaptiveLogSoftmaxWithLoss):
-            return self.head.log_prob(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+            return self.head.log_prob(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
         return self.head(x)  # type: ignore[no-any-return]
 
     def _stream(self, tokens: Tensor, cache: KVCache | None) -> Tensor:

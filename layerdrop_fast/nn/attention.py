@@ -173,7 +173,7 @@ class Attention(nn.Module):
         attend = attend.of_heads(parts)
 
         def project(h: Tensor, *weights: Tensor | None) -> Tensor:
-            heads = _linear(h, *weights, blocks=blocks).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type]
+            heads = _linear(h, *weights, blocks=blocks).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type, misc]
             return heads if attend.rotary is None else rotate(heads, attend.rotary, groups[0] + groups[1])
 
         weights = (self.in_proj_weight, self.in_proj_bias, *affine_of(norm))
@@ -184,7 +184,7 @@ class Attention(nn.Module):
 
     def _groups(self, parts: PartBlocks | None) -> tuple[int, int, int]:
         """How many heads of query, key and value run."""
-        kv = self.num_kv_heads if parts is None else parts.count
+        kv = self.num_kv_heads if parts is None else parts.number
         return kv * (self.nhead // self.num_kv_heads), kv, kv
 
     def _mix(

@@ -68,7 +68,7 @@ def branch_bytes(
 
 
 def bytes_per_token(layers: Iterable[TransformerLayer], dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
-    """What each layer holds for backward for every token, float64 [L]; what does not depend on tokens is not counted."""
+    """What each layer holds for backward a token, float64 [L]; what does not depend on tokens is not counted."""
     many = 1 << 20
     found = [
         sum(branch_bytes(layer, branch, many, dtype, autocast) for branch in range(layer.num_branches)) // many

@@ -52,7 +52,7 @@ class PartBlocks(NamedTuple):
 
     inner: tuple[Blocks, ...]  # rows of the first linear map; with cross-attention of its query, and of key and value
     outer: Blocks  # columns of the last one
-    count: int
+    number: int  # of parts
     scale: float
 
 
@@ -83,7 +83,7 @@ class PartSchedules:
         """What does not go with parts."""
         if self and granularity != "batch":
             raise ValueError(
-                f"schedule: got rates of {list(self.schedules)} at granularity {granularity!r}, expected \"batch\": "
+                f'schedule: got rates of {list(self.schedules)} at granularity {granularity!r}, expected "batch": '
                 "samples that keep other heads have no smaller product in common"
             )
         if self and scale == "eval":
@@ -127,7 +127,7 @@ class PartSchedules:
 
     def _total(self, layer: Any, part: str) -> int:
         """How many parts a branch has."""
-        return self.ffn_chunks if part == "ffn_chunk" else layer.self_attn.num_kv_heads  # type: ignore[no-any-return]
+        return self.ffn_chunks if part == "ffn_chunk" else layer.self_attn.num_kv_heads
 
 
 def _branches(layer: Any, part: str) -> Sequence[int]:

@@ -62,7 +62,9 @@ def _add_parts(stack: TransformerStack, turn: Turn, steps: dict[int, Step], devi
                 found.append((branch, (stack.layers[layer], number, parts)))
     if found:
         blocks = part_blocks([kept for _, kept in found], device)
-        steps.update((branch, steps[branch]._replace(parts=part)) for (branch, _), part in zip(found, blocks, strict=True))
+        steps.update(
+            (branch, steps[branch]._replace(parts=part)) for (branch, _), part in zip(found, blocks, strict=True)
+        )
 
 
 def _packed_rows(

@@ -76,8 +76,9 @@ class TransformerStack(LayerDropStack):
     the same graph for all.
 
     Randomness: the plans are ``draw_plan(rates, ...)`` as in LayerDropStack, for target "branch" with each layer's rate
-    once a branch; behind these come the decisions of heads, then those of chunks, layer by layer. A dropout mask is a function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0
-    behind the branch, 1 inside)`` for branch b numbered through the stack, and an element's number in [B, S, D].
+    once a branch; behind these come the decisions of heads, then those of chunks, layer by layer. A dropout mask is a
+    function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0 behind the branch, 1 inside)`` for
+    branch b numbered through the stack, and an element's number in [B, S, D].
 
     Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
     """
@@ -190,7 +191,7 @@ class TransformerStack(LayerDropStack):
         return self._branches if self.target == "branch" else 1
 
     def rates(self, step: int) -> FloatArray:
-        """The drop rate of every decision of a plan: of layers or branches, of heads, of chunks, layer by layer each."""
+        """The drop rates of a plan's decisions: of layers or branches, of heads, of chunks, each layer by layer."""
         return np.concatenate([super().rates(step), *self.parts.rates(self._each, step)])
 
     @property

@@ -30,7 +30,7 @@ def take(whole: Tensor, blocks: Blocks | None, dim: int) -> Tensor:
     """The blocks of a weight, behind one another."""
     if blocks is None:
         return whole
-    return whole.unflatten(dim, (-1, blocks.size)).index_select(dim, blocks.kept).flatten(dim, dim + 1)
+    return whole.unflatten(dim, (-1, blocks.size)).index_select(dim, blocks.kept).flatten(dim, dim + 1)  # type: ignore[no-any-return]
 
 
 def put(part: Tensor, blocks: Blocks | None, dim: int, length: int) -> Tensor:
@@ -40,4 +40,5 @@ def put(part: Tensor, blocks: Blocks | None, dim: int, length: int) -> Tensor:
     shape = list(part.shape)
     shape[dim] = length
     whole = part.new_zeros(shape).unflatten(dim, (-1, blocks.size))
-    return whole.index_copy_(dim, blocks.kept, part.unflatten(dim, (-1, blocks.size))).flatten(dim, dim + 1)
+    whole.index_copy_(dim, blocks.kept, part.unflatten(dim, (-1, blocks.size)))
+    return whole.flatten(dim, dim + 1)  # type: ignore[no-any-return]

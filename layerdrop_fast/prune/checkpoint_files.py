@@ -96,7 +96,7 @@ def _folder(source: Path, out: Path, choose: Choose, progress: bool) -> Pruned:
     smaller = prune_config(_json(config), keep, lists) if config.exists() else None
     shown = stage("prune", len(shards)) if progress else nullcontext(lambda done, note: None)
     with _new_folder(out) as temporary, shown as show:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             weight_map |= dict.fromkeys(_write_shard(source / shard, temporary / shard, keep), shard)
             show(number, shard)
@@ -231,7 +231,8 @@ def _parameter_names(optimizer: Mapping[str, Any], model: Mapping[str, Any]) -> 
         if isinstance(moment, Tensor) and moment.dim()
     }
     if len(names) != len(numbers) or any(
-        number in moments and moments[number] != tensors[name].shape for number, name in zip(numbers, names, strict=True)
+        number in moments and moments[number] != tensors[name].shape
+        for number, name in zip(numbers, names, strict=True)
     ):
         raise ValueError(
             f"cannot tell which of the optimizer's {len(numbers)} parameters belong to which layer: expected one that "

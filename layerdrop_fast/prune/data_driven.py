@@ -24,7 +24,7 @@ class DataDriven(nn.Module):
     """Learns a drop rate for each layer of a stack, with their mean fixed: layers that help are dropped less.
 
     The score of layer l is a small network's answer to its activation, s_l = w2 . tanh(W1 a_l + b1), with a_l the mean
-    over samples and positions of what the layer adds to the stream, scaled to norm sqrt(D), as a running mean over steps
+    over samples and positions of what the layer adds to the stream, scaled to norm sqrt(D): a running mean over steps
     (the plan of a step is drawn before its activations exist). The rates are a softmax with room for one:
 
         p_l = 0.95 * sigmoid(s_l + b),  b such that mean(p) = target_rate
@@ -80,6 +80,7 @@ class DataDriven(nn.Module):
     normal: Tensor  # of the regression: [X^T X | X^T y] with X = [1, m - (1 - p)], earlier steps weighing less
     new: Tensor  # the same of the steps since the last gradient
     steps: Tensor
+    looking: Tensor  # whether the activation of a layer is taken when it runs next
 
     def __init__(
         self,
@@ -115,10 +116,10 @@ class DataDriven(nn.Module):
         self.register_buffer("normal", torch.zeros(layers + 1, layers + 2, dtype=torch.float64))
         self.register_buffer("new", torch.zeros(layers + 1, layers + 2, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._hooks: list[Any] = []
-        self.register_load_state_dict_post_hook(lambda module, _: module._set_rates())
-        self._set_rates()
-        self._look()
+        self._hooks: dict[int, Any] = {}
+        self.register_buffer("looking", torch.ones(layers, dtype=torch.bool))
+        self.register_load_state_dict_post_hook(lambda module, _: module._take_up())  # type: ignore[no-untyped-call]
+        self._take_up()
 
     def forward(self) -> Tensor:
         """The rates as the activations and the parameters are now, float32 [L], differentiable by the parameters."""
@@ -159,7 +160,7 @@ class DataDriven(nn.Module):
         normal = self.normal.cpu()
         ridge = torch.eye(len(normal), dtype=torch.float64)
         ridge[0, 0] = 1e-12  # the mean is not drawn to 0
-        return torch.linalg.solve(normal[:, :-1] + ridge, normal[:, -1])[1:]
+        return torch.linalg.solve(normal[:, :-1] + ridge, normal[:, -1])[1:]  # type: ignore[no-any-return]
 
     def keep(self, kept: int) -> list[int]:
         """The ``kept`` layers with the lowest drop rates, ascending; of equal ones the first."""
@@ -179,30 +180,30 @@ class DataDriven(nn.Module):
             rates = self()
             (rates * -self.slopes.to(rates)).sum().backward()
         self.rates.copy_(rates.detach())
-        self._set_rates()
-        self._look()
+        self.looking.fill_(True)
+        self._take_up()
 
-    def _set_rates(self) -> None:
+    def _take_up(self) -> None:
+        """Sets the stack's rates, and takes the activations of the layers that are looked at when they run next."""
         stack = self._stack[0]
         stack.schedule = DropSchedule(len(self.rates), per_layer(self.rates.tolist()), stack.schedule.time)
-
-    def _look(self) -> None:
-        """Takes the activations of the layers that run next, each once."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = [
-            layer.register_forward_hook(partial(self._take, index), with_kwargs=True)
-            for index, layer in enumerate(self._stack[0].layers)
-        ]
+        self._hooks = {
+            index: layer.register_forward_hook(partial(self._take, index), with_kwargs=True)
+            for index, (layer, looking) in enumerate(zip(stack.layers, self.looking.tolist(), strict=True))
+            if looking
+        }
 
     @torch.no_grad()
     def _take(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
-        self._hooks[index].remove()
+        self._hooks.pop(index).remove()
+        self.looking[index] = False
         before, behind = inputs[0], out[0] if isinstance(out, tuple) else out
         visit = keywords.get("visit")
         if isinstance(visit, Visit):  # in a TransformerStack the last branch is still to be added
             before = _with(before, keywords["y"], visit.before)
-            behind = _with(*out, [step for step in visit.steps if step is not None][-1])
+            behind = _with(out[0], out[1], [step for step in visit.steps if step is not None][-1])
         if behind.numel():
             added = (behind.float() - before.float()).flatten(0, -2).mean(0)
             known = self.activations[index]

@@ -65,8 +65,7 @@ def _pruned(model: Model, keep: KeptParts, kind: str, num_chunks: int, name: str
     layers: Any = model.get_submodule(name).layers
     by_layer = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(range(len(layers)), keep)
     parts = {
-        number: Parts(*_checked(layers, number, kept, kind, num_chunks), scale=1.0)
-        for number, kept in by_layer.items()
+        number: Parts(*_checked(layers, number, kept, kind, num_chunks), scale=1.0) for number, kept in by_layer.items()
     }
     smaller = copy.deepcopy(model)
     stack = smaller.get_submodule(name)

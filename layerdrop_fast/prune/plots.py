@@ -20,8 +20,8 @@ def plot_curves(curves: Mapping[str, Curve], axes: Axes | None = None) -> Axes:
     """What models are worth at every depth (``pruning_curve``), one line each.
 
     Args:
-        curves: by what the legend calls them; of several seeds the mean is drawn, with their standard deviation as bars.
-        axes: matplotlib's, to draw into; None: those of a new figure, ``.figure.savefig(path)`` of the result writes it.
+        curves: by what the legend calls them; of several seeds the mean, with their standard deviation as bars.
+        axes: matplotlib's, to draw into; None: those of a new figure, which ``.figure.savefig(path)`` writes.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (``pip install 'layerdrop_fast[demo]'``).
@@ -34,8 +34,14 @@ def plot_curves(curves: Mapping[str, Curve], axes: Axes | None = None) -> Axes:
         seeds = [np.atleast_1d(np.asarray(curve[depth], dtype=np.float64)) for depth in depths]
         spread = [values.std(ddof=1) if len(values) > 1 else 0.0 for values in seeds]
         axes.errorbar(
-            depths, [values.mean() for values in seeds], spread if any(spread) else None, fmt="o-", ms=4, lw=1.3,
-            capsize=2, label=name
+            depths,
+            [values.mean() for values in seeds],
+            spread if any(spread) else None,
+            fmt="o-",
+            ms=4,
+            lw=1.3,
+            capsize=2,
+            label=name,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layers kept, without retraining")

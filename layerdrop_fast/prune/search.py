@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -126,7 +127,11 @@ def search(
         raise ValueError(f"kept is {kept}, expected 1 to {depth}, the layers of {name!r}")
     for number, what in ((top, "top"), (width, "width"), (trials, "trials")):
         check_count(number, what, 1)
-    given = {"share_prefixes": share_prefixes, "max_bytes": check_count(max_bytes, "max_bytes", 0), "progress": progress}
+    given: dict[str, Any] = {
+        "share_prefixes": share_prefixes,
+        "max_bytes": check_count(max_bytes, "max_bytes", 0),
+        "progress": progress,
+    }
     if method == "exhaustive" and math.comb(depth, kept) > MOST_SUBSETS:
         raise ValueError(
             f"{kept} of {depth} layers are {math.comb(depth, kept):,} subsets, expected at most {MOST_SUBSETS:,} for "

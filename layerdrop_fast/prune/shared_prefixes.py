@@ -81,7 +81,9 @@ class SharedPrefixes:
             else:
                 layers = every_layer(layers_of(self.model, self.name))
                 if len(set(layers)) < len(layers):
-                    raise ValueError(f"a layer stands twice in {self.name!r}, expected each once, or share_prefixes=False")
+                    raise ValueError(
+                        f"a layer stands twice in {self.name!r}, expected each once, or share_prefixes=False"
+                    )
                 for place, layer in enumerate(layers):
                     undo.enter_context(_replaced(layer, "forward", self._layer(place, layer, layer.forward)))
             yield
@@ -119,7 +121,9 @@ class SharedPrefixes:
             if module.training:
                 raise ValueError("the model is in training mode, expected evaluate to call model.eval()")
             if place == 0:
-                self._check_input(call, [x, *(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))])
+                self._check_input(
+                    call, [x, *(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))]
+                )
             if length == self._start:
                 return self._outputs[length][call]
             if length < self._start:  # what comes out of it is not used
@@ -128,7 +132,9 @@ class SharedPrefixes:
             version = 0 if x.is_inference() else x._version
             out = forward(x, *args, **kwargs)
             if not x.is_inference() and x._version != version:
-                raise ValueError(f"a layer of {self.name!r} writes into its input, expected a new tensor: share_prefixes=False")
+                raise ValueError(
+                    f"a layer of {self.name!r} writes into its input, expected a new tensor: share_prefixes=False"
+                )
             if isinstance(out, tuple) and any(more is not None for more in out[1:]):
                 raise ValueError(
                     f"a layer of {self.name!r} returns more than x, which later layers may take: share_prefixes=False"
@@ -154,15 +160,15 @@ class SharedPrefixes:
         known = self._inputs[call] if call < len(self._inputs) else []
         if len(known) != len(tensors) or not all(map(torch.equal, known, tensors)):
             raise ValueError(
-                f"call {call} of {self.name!r} has other inputs than in the first evaluation, expected evaluate to call "
-                "the model with the same batches in the same order, or share_prefixes=False"
+                f"call {call} of {self.name!r} has other inputs than in the first evaluation, expected evaluate to "
+                "call the model with the same batches in the same order, or share_prefixes=False"
             )
 
     def _check_calls(self) -> None:
         if set(self._calls) != {len(self._inputs)}:
             raise ValueError(
-                f"the layers of {self.name!r} were called {self._calls} times, expected {len(self._inputs)} times each, "
-                "or share_prefixes=False"
+                f"the layers of {self.name!r} were called {self._calls} times, expected {len(self._inputs)} times "
+                "each, or share_prefixes=False"
             )
 
 

@@ -94,8 +94,8 @@ def _checked(prefix: str, keep: Sequence[int], names: Sequence[str]) -> list[int
         alone = [rest for rest in rests if owners[rest] == 1]
         if number not in indices and alone and len(layers) > 2:
             raise ValueError(
-                f"layer {number} of {prefix!r} alone has {alone[0]!r}, which the others may share: expected it among the "
-                f"layers to keep, got {indices}"
+                f"layer {number} of {prefix!r} alone has {alone[0]!r}, which the others may share: expected it among "
+                f"the layers to keep, got {indices}"
             )
     return indices
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.prune import pruning_curve
@@ -17,8 +18,9 @@ ROWS_AT_ONCE = 64
 
 
 @torch.no_grad()
-def bits_per_token(model: TransformerLM, scored: npt.NDArray[np.int64]) -> float:
+def bits_per_token(model: nn.Module, scored: npt.NDArray[np.int64]) -> float:
     """Mean bits per token on windows [K, T], each token but a window's first given those before it in the window."""
+    assert isinstance(model, TransformerLM)
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
@@ -51,7 +53,7 @@ def depth_curve(
     Source: Fan, Grave, Joulin 2019, figure 2.
     """
 
-    def evaluate(model: TransformerLM) -> float:
+    def evaluate(model: nn.Module) -> float:
         if should_stop():
             raise Stopped
         return bits_per_token(model, scored)

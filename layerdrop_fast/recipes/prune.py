@@ -44,11 +44,14 @@ def run(options: Options) -> None:
     except (ValueError, pickle.UnpicklingError) as error:
         raise RecipeError(str(error)) from error
     except OSError as error:
-        raise RecipeError(f"cannot prune {options.source}: {error.strerror}: {error.filename or options.out}") from error
+        raise RecipeError(
+            f"cannot prune {options.source}: {error.strerror}: {error.filename or options.out}"
+        ) from error
     for prefix, keep in found.kept.items():
         print(f"{prefix or 'layers'}: {found.layers[prefix]} -> {len(keep)} layers, those that were {_listed(keep)}")
     print(
-        f"{found.bytes_before / MIB:,.1f} -> {found.bytes_after / MIB:,.1f} MiB of weights, in {options.out}", flush=True
+        f"{found.bytes_before / MIB:,.1f} -> {found.bytes_after / MIB:,.1f} MiB of weights, in {options.out}",
+        flush=True,
     )
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.prune import DataDriven
@@ -213,17 +212,23 @@ class _State:
             group["lr"] = training.learning_rate_at(step)
         if training.size.dropout or training.size.attention_dropout:
             torch.manual_seed(training.seed << 32 | step)
-        stack = self.model.stack
-        stack.reset_stats()
         self.optimizer.zero_grad()
-        total = 0.0
+        total = kept = 0.0
         for tokens in torch.from_numpy(window).to(self.device).chunk(training.accumulation):
+            kept += self._kept_next(len(tokens))
             total += self._microbatch(tokens)
         nn.utils.clip_grad_norm_(self.model.parameters(), training.clip)
         self.optimizer.step()
         self.bits[step] = total / training.accumulation / math.log(2)
-        self.kept[step] = float((1.0 - stack.stats().realized_rates).sum())
+        self.kept[step] = kept / training.accumulation
         self.step += 1
+
+    def _kept_next(self, samples: int) -> float:
+        """Layers that the next forward runs; one that runs for half of the samples is half a layer."""
+        stack = self.model.stack
+        plan = stack.plan(batch_size=samples if stack.granularity == "sample" else None)
+        kept = plan.keep[: len(stack.layers) * stack.units_per_layer]
+        return float(kept.double().mean(1).sum()) / stack.units_per_layer
 
     def _microbatch(self, tokens: Tensor) -> float:
         """Adds its gradients; returns its loss in nats."""

@@ -40,7 +40,7 @@ def wikitext(name: str) -> Corpus:
         RecipeError: ``datasets`` is not there, or cannot fetch it.
     """
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise RecipeError(f"{name} needs datasets: pip install datasets, or give files of yours with --text") from None
     try:
@@ -68,7 +68,7 @@ def corpus(name: str, train: Iterable[str], validation: Iterable[str], *, min_co
     for part, what in zip(parts, ("training", "validation"), strict=True):
         if len(part) < 2:
             raise RecipeError(f"{name}: the {what} part has {len(part)} words, expected a longer text")
-    return Corpus(name, *parts, vocab_size=len(ordered), unit="word")
+    return Corpus(name, parts[0], parts[1], vocab_size=len(ordered), unit="word")
 
 
 def _words(lines: Iterable[str]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Heads and chunks that are dropped: the results of masks, at the price of what is kept."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -60,6 +59,10 @@ def masks_of(model, plan):
     return {"keep": keep, "scales": scales, "parts": parts}
 
 
+def reference(model, **keywords):
+    return lambda *inputs: transformer_stack(model, *inputs, **keywords)[-1]
+
+
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_are_those_of_masks(kind, targets):
@@ -72,11 +75,7 @@ def test_results_are_those_of_masks(kind, targets):
         masks = masks_of(model, plan)
         ran |= {tuple(part.tolist()) for part in masks["parts"].values()}
         leaves = [leaf.clone().requires_grad_() for leaf in given]
-
-        def expected(*inputs):
-            return transformer_stack(model, *inputs, key=key_of(model, plan), **masks)[-1]
-
-        wanted = results(expected, model, *leaves)
+        wanted = results(reference(model, key=key_of(model, plan), **masks), model, *leaves)
         assert_same(results(model, model, *leaves), wanted)
     assert len(ran) > 4
 
@@ -87,7 +86,7 @@ def test_masks_of_single_heads_go_with_their_heads():
     x = tensor(BATCH, LENGTH, WIDTH).requires_grad_()
     for _ in range(3):
         masks = masks_of(model, model.plan())
-        wanted = results(lambda x: transformer_stack(model, x, added=added, **masks)[-1], model, x)
+        wanted = results(reference(model, added=added, **masks), model, x)
         assert_same(results(lambda x: model(x, attn_mask=added), model, x), wanted)
 
 
@@ -148,7 +147,10 @@ def test_products_and_saved_bytes_follow_what_is_kept(targets):
     tokens, seen = 4 * 32, set()
     for _ in range(6):
         plan = model.plan()
-        shares = [1.0 if part is None else len(part.kept) / part.total for part in model.parts.kept(model.layers, plan, 2, "none")]
+        shares = [
+            1.0 if part is None else len(part.kept) / part.total
+            for part in model.parts.kept(model.layers, plan, 2, "none")
+        ]
         attention, ffn = sum(shares[::2]), sum(shares[1::2])
         held = saved_bytes(model, x)
         model.counters.forwards -= 1  # the same plan once more

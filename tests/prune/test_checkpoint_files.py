@@ -126,7 +126,10 @@ def test_a_training_checkpoint_of_torch(tmp_path, named):
     moments = [state["exp_avg"] for state in optimizer.state.values()]
     assert [moment.shape for moment in moments] == [weight.shape for weight in small.parameters()]
     old = whole["optimizer"]["state"]
-    assert all(torch.equal(moment, old[place]["exp_avg"]) for moment, place in zip(moments, [0, 1, 4, 5, 6, 7, 10, 11], strict=True))
+    assert all(
+        torch.equal(moment, old[place]["exp_avg"])
+        for moment, place in zip(moments, [0, 1, 4, 5, 6, 7, 10, 11], strict=True)
+    )
 
 
 def test_a_bare_state_dict_of_torch(tmp_path):
@@ -162,7 +165,10 @@ def test_torch_files_that_cannot_be_cut(tmp_path, kind, message):
     content = {
         "no layers": {"model": {"weight": torch.ones(2)}},
         "a list": [1, 2],
-        "unknown order": {"model": model_of().state_dict(), "o": torch.optim.SGD([torch.ones(1), torch.ones(1)]).state_dict()},
+        "unknown order": {
+            "model": model_of().state_dict(),
+            "o": torch.optim.SGD([torch.ones(1), torch.ones(1)]).state_dict(),
+        },
         "options of another": {"model": model_of().state_dict(), "args": argparse.Namespace(num_hidden_layers=4)},
     }[kind]
     torch.save(content, tmp_path / "in.pt")

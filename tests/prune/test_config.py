@@ -6,7 +6,12 @@ from layerdrop_fast.prune import prune_config
 
 BART = {"encoder_layers": 6, "decoder_layers": 6, "num_hidden_layers": 6, "encoder_layerdrop": 0.2, "d_model": 8}
 T5 = {"num_layers": 6, "num_decoder_layers": 6, "d_model": 8}
-QWEN = {"num_hidden_layers": 4, "layer_types": ["full", "sliding", "full", "sliding"], "max_window_layers": 4, "vocab": [1, 2, 3, 4]}
+QWEN = {
+    "num_hidden_layers": 4,
+    "layer_types": ["full", "sliding", "full", "sliding"],
+    "max_window_layers": 4,
+    "vocab": [1, 2, 3, 4],
+}
 BOTH = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 4}}
 
 
@@ -21,7 +26,12 @@ BOTH = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_l
         (T5, "decoder.block", 6, {"num_decoder_layers": 2}),
         (QWEN, "model.layers", 4, {"num_hidden_layers": 2, "layer_types": ["full", "sliding"]}),
         (BOTH, "text_model.layers", 4, {"text_config": {"num_hidden_layers": 2}}),
-        ({"text_config": {"num_hidden_layers": 4}, "model_type": "x"}, "layers", 4, {"text_config": {"num_hidden_layers": 2}}),
+        (
+            {"text_config": {"num_hidden_layers": 4}, "model_type": "x"},
+            "layers",
+            4,
+            {"text_config": {"num_hidden_layers": 2}},
+        ),
     ],
 )
 def test_the_number_of_layers_is_found(config, prefix, total, changed):

@@ -58,7 +58,9 @@ def test_samples_are_different_and_follow_the_seed():
     assert all(len(set(row)) == 5 for row in first.values.tolist())
 
 
-@pytest.mark.parametrize(("kept", "samples", "message"), [(4, 1, "kept is 4, expected 1 to 3"), (1, 0, "samples must be")])
+@pytest.mark.parametrize(
+    ("kept", "samples", "message"), [(4, 1, "kept is 4, expected 1 to 3"), (1, 0, "samples must be")]
+)
 def test_errors_name_both_sides(kept, samples, message):
     with pytest.raises(ValueError, match=message):
         layer_importance(Model(nn.ModuleList(blocks(4))), evaluate, kept=kept, samples=samples, layers="layers")

@@ -5,14 +5,15 @@ import copy
 import pytest
 import torch
 
-from layerdrop_fast import TransformerLM, TransformerStack
+from layerdrop_fast import TransformerStack
+from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.nn import KVCache
 from layerdrop_fast.nn.transformer_layer import TransformerLayer
 from layerdrop_fast.prune import every_other, prune_ffn_chunks, prune_heads
 from layerdrop_fast.reference.transformer_stack import transformer_stack
 
 SHAPES = {
-    "plain": dict(),
+    "plain": {},
     "grouped": dict(num_kv_heads=2),
     "rotary": dict(rope_theta=100.0),
     "gated": dict(activation="swiglu", bias=False, norm="rmsnorm"),
@@ -65,7 +66,9 @@ def test_what_is_left_computes_what_it_did(shape):
 
 def test_it_trains_and_generates():
     torch.manual_seed(0)
-    lm = TransformerLM(11, 16, 4, 2, 32, max_len=12, dropout=0.0, schedule={"layer": 0.2, "head": 0.3, "ffn_chunk": 0.3})
+    lm = TransformerLM(
+        11, 16, 4, 2, 32, max_len=12, dropout=0.0, schedule={"layer": 0.2, "head": 0.3, "ffn_chunk": 0.3}
+    )
     small = prune_ffn_chunks(prune_heads(lm, every_other(4, kept=2)), every_other(8, kept=4))
     assert small.stack.parts.schedules == {}
     assert list(lm.stack.parts.schedules) == ["head", "ffn_chunk"]
@@ -92,7 +95,7 @@ def test_copies_share_nothing_and_keep_what_is_frozen():
 
 def test_pruned_layers_are_no_torch_layers():
     small = prune_heads(made("plain"), [0, 1])
-    with pytest.raises(ValueError, match="'head_dim': 4.*'head_dim': 8"):
+    with pytest.raises(ValueError, match=r"'head_dim': 4.*'head_dim': 8"):
         small.layers[0].to_torch()
     assert isinstance(small.layers[0], TransformerLayer)
 

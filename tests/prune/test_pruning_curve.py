@@ -14,9 +14,7 @@ def first(num_layers, *, kept):
 @pytest.mark.parametrize("depths", [None, [1, 4], [5]])
 def test_each_depth_is_what_extract_leaves(strategy, depths):
     model, told = Model(LISTS["stack"](5)), []
-    curve = pruning_curve(
-        model, evaluate, depths=depths, strategy=strategy, on_depth=lambda *pair: told.append(pair)
-    )
+    curve = pruning_curve(model, evaluate, depths=depths, strategy=strategy, on_depth=lambda *pair: told.append(pair))
     assert list(curve) == ([5, 4, 3, 2, 1] if depths is None else depths)
     assert told == list(curve.items())
     for depth, value in curve.items():

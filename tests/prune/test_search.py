@@ -82,7 +82,9 @@ def test_the_fused_stack_starts_from_known_states_too(monkeypatch):
     tokens = torch.arange(16).view(4, 4) % 11
     ran = []
     run = TransformerStack._run_piece
-    monkeypatch.setattr(TransformerStack, "_run_piece", lambda self, x, kept, *rest: ran.extend(kept) or run(self, x, kept, *rest))
+    monkeypatch.setattr(
+        TransformerStack, "_run_piece", lambda self, x, kept, *rest: ran.extend(kept) or run(self, x, kept, *rest)
+    )
 
     def loss(model):
         logits = model.eval()(tokens[:, :-1])
@@ -106,7 +108,9 @@ def test_held_states_stay_within_the_bound(held):
         most = max(most, sum(out.nbytes for outputs in prefixes._outputs.values() for out in outputs))
     assert most == min(held, 3) * state
     if held < 3:
-        runs = sum((4 - held) if length == 4 - held else 1 for length in range(4 - held, 5) for _ in _prefixes(7, 4, length))
+        runs = sum(
+            (4 - held) if length == 4 - held else 1 for length in range(4 - held, 5) for _ in _prefixes(7, 4, length)
+        )
         assert prefixes.layers_run == runs
 
 
@@ -131,7 +135,9 @@ def test_greedy_drops_what_is_missed_least_round_by_round():
 def test_a_beam_lies_between_greedy_and_exhaustive():
     values = {}
     for method, width in (("greedy", 1), ("beam", 1), ("beam", 3), ("beam", 100), ("exhaustive", 1)):
-        found = search(Model(LISTS["ModuleList"](7)), evaluate_seeded, kept=3, method=method, width=width, layers="layers")
+        found = search(
+            Model(LISTS["ModuleList"](7)), evaluate_seeded, kept=3, method=method, width=width, layers="layers"
+        )
         values[method, width] = found.ranked[0].value
     assert values["greedy", 1] == values["beam", 1] >= values["beam", 3] >= values["beam", 100]
     assert values["beam", 100] == values["exhaustive", 1]
@@ -185,7 +191,9 @@ def test_no_number_ranks_last():
     )
     assert all(math.isnan(row.value) for row in found.ranked)
     values = iter([math.nan, 3.0, math.nan, 1.0, 2.0, 4.0])
-    found = search(Model(LISTS["ModuleList"](4)), lambda model: 0 * evaluate(model) + next(values), kept=2, layers="layers")
+    found = search(
+        Model(LISTS["ModuleList"](4)), lambda model: 0 * evaluate(model) + next(values), kept=2, layers="layers"
+    )
     assert [row.value for row in found.ranked[:4]] == [1.0, 2.0, 3.0, 4.0]
 
 
@@ -330,7 +338,7 @@ def test_errors_name_both_sides(keywords, error, message):
 
 def test_too_many_subsets_are_refused_before_anything_runs():
     model = Model(LISTS["ModuleList"](40))
-    with pytest.raises(ValueError, match='20 of 40 layers are 137,846,528,820 subsets, expected at most 1,000,000'):
+    with pytest.raises(ValueError, match="20 of 40 layers are 137,846,528,820 subsets, expected at most 1,000,000"):
         search(model, evaluate, kept=20, layers="layers")
     assert not any(layer.calls for layer in model.layers)
 

@@ -17,23 +17,37 @@ def names(prefix, layers, *parts):
 
 CHECKPOINTS = {
     "fairseq": (
-        ["encoder.version", "encoder.embed_tokens.weight", *names("encoder.layers", 6, "self_attn.k_proj.weight", "fc1.bias")]
-        + ["decoder.embed_positions._float_tensor", *names("decoder.layers", 6, "encoder_attn.out_proj.weight", "fc2.bias")]
-        + ["decoder.layer_norm.weight"],
+        [
+            "encoder.version",
+            "encoder.embed_tokens.weight",
+            *names("encoder.layers", 6, "self_attn.k_proj.weight", "fc1.bias"),
+            "decoder.embed_positions._float_tensor",
+            *names("decoder.layers", 6, "encoder_attn.out_proj.weight", "fc2.bias"),
+            "decoder.layer_norm.weight",
+        ],
         "decoder.layers",
     ),
     "bert": (
-        ["bert.embeddings.LayerNorm.weight", *names("bert.encoder.layer", 12, "attention.self.query.weight")]
-        + ["bert.pooler.dense.weight", "cls.predictions.bias"],
+        [
+            "bert.embeddings.LayerNorm.weight",
+            *names("bert.encoder.layer", 12, "attention.self.query.weight"),
+            "bert.pooler.dense.weight",
+            "cls.predictions.bias",
+        ],
         "bert.encoder.layer",
     ),
     "llama": (
-        ["model.embed_tokens.weight", *names("model.layers", 11, "mlp.gate_proj.weight", "input_layernorm.weight")]
-        + ["model.norm.weight", "lm_head.weight"],
+        [
+            "model.embed_tokens.weight",
+            *names("model.layers", 11, "mlp.gate_proj.weight", "input_layernorm.weight"),
+            "model.norm.weight",
+            "lm_head.weight",
+        ],
         "model.layers",
     ),
     "mixture": (
-        [f"model.layers.{layer}.experts.{expert}.w" for layer in range(4) for expert in range(12)] + ["model.norm.weight"],
+        [f"model.layers.{layer}.experts.{expert}.w" for layer in range(4) for expert in range(12)]
+        + ["model.norm.weight"],
         "model.layers",
     ),
     "gpt2": (["wte.weight", *names("h", 12, "attn.c_attn.weight", "ln_1.bias"), "ln_f.weight"], "h"),
@@ -67,7 +81,9 @@ def test_the_lists_of_layers_are_found():
     assert layer_lists(["weight", "layer1.weight"]) == {}
 
 
-@pytest.mark.parametrize("wrap", [lambda layers: LayerDropStack(layers, 0.2, seed=1), lambda layers: LayerDropModuleList(0.2, layers)])
+@pytest.mark.parametrize(
+    "wrap", [lambda layers: LayerDropStack(layers, 0.2, seed=1), lambda layers: LayerDropModuleList(0.2, layers)]
+)
 def test_the_pruned_weights_load_into_the_extracted_model(wrap):
     model = nn.ModuleDict({"stack": wrap(blocks(7)), "head": nn.Linear(4, 2)}).eval()
     keep = [1, 2, 6]
@@ -95,14 +111,22 @@ def test_both_sides_at_once():
         ({"decoder.layers": []}, ValueError, r"\[\]"),
         ({"decoder.layers": [-1]}, ValueError, "layer to keep of 'decoder.layers' must be at least 0, got -1"),
         ({"decoder.layers": [1.5]}, TypeError, "must be an integer"),
-        ({"decoder": [1]}, ValueError, r"no layers decoder.0, decoder.1, ...; found lists of layers: 'encoder.layers' \(6\)"),
+        (
+            {"decoder": [1]},
+            ValueError,
+            r"no layers decoder.0, decoder.1, ...; found lists of layers: 'encoder.layers' \(6\)",
+        ),
         ({}, ValueError, "keep is empty"),
-        ({"encoder.layers": [0], "encoder.layers.0": [0]}, ValueError, "'encoder.layers.0' lies within 'encoder.layers'"),
+        (
+            {"encoder.layers": [0], "encoder.layers.0": [0]},
+            ValueError,
+            "'encoder.layers.0' lies within 'encoder.layers'",
+        ),
     ],
 )
 def test_errors_name_both_sides(keep, error, message):
     with pytest.raises(error, match=message):
-        prune_state_dict({name: 0 for name in CHECKPOINTS["fairseq"][0]}, keep)
+        prune_state_dict(dict.fromkeys(CHECKPOINTS["fairseq"][0], 0), keep)
 
 
 def test_missing_layers_are_named():

@@ -48,7 +48,10 @@ def test_both_lists(source):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kept", "3"], "found lists of layers: 'decoder.layers' (6), 'encoder.layers' (6); expected one, or --layers"),
+        (
+            ["--kept", "3"],
+            "found lists of layers: 'decoder.layers' (6), 'encoder.layers' (6); expected one, or --layers",
+        ),
         (["--kept", "7", "--layers", "decoder.layers"], "--kept is 7, expected 1 to 6, the layers of 'decoder.layers'"),
         (["--kept", "3", "--layers", "layers"], "no list of layers 'layers'; found 'decoder.layers' (6)"),
         (["--keep", "0,6", "--layers", "decoder.layers"], "are [0, 6], expected at least one of 0 to 5"),

@@ -127,10 +127,13 @@ class Contest:
     def _expected(self, way: Way, plan: DropPlan, x: Tensor, target: Tensor) -> dict[str, Tensor | None]:
         exact = [copy.deepcopy(layer).double() for layer in self.layers]
         stack = TransformerStack.from_layers(exact, 0.0, seed=0)
-        keep, scales = way.kept_branches(plan).to(x.device), torch.full((2 * len(exact),), way.scale(plan), dtype=torch.float64)
+        keep, scales = (
+            way.kept_branches(plan).to(x.device),
+            torch.full((2 * len(exact),), way.scale(plan), dtype=torch.float64),
+        )
         x.requires_grad_()
         # Of nothing at all the result is x itself.
-        out = transformer_stack(stack, x, keep=keep, scales=scales, parts=way.parts(plan))[-1]
+        out = transformer_stack(stack, x, keep=keep, scales=scales, parts=way.kept_parts(plan))[-1]
         (out * 1).backward(target)
         gradients = {f"gradient of layer {name}": of.grad for name, of in nn.ModuleList(exact).named_parameters()}
         return {"output": out.detach(), "gradient of x": x.grad, **gradients}

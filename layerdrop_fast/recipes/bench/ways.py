@@ -58,7 +58,7 @@ class Way:
         """The same of every branch, bool [2 L, B]."""
         return self.kept(plan).repeat_interleave(2, 0)
 
-    def parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
+    def kept_parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
         """Which heads or chunks of which branches run, where that is fewer than all."""
         return None
 
@@ -287,16 +287,19 @@ class PartsWay(OursWay):
     def make(self, layers: Layers) -> Sequence[nn.Module]:
         converted = ours(layers, self.setting)
         rates = dict.fromkeys(self.targets, self.setting.p)
-        self.stack = TransformerStack.from_layers(converted, rates, **self.keywords)
+        self.stack = self.drawn = TransformerStack.from_layers(converted, rates, **self.keywords)
         return converted
 
+    def decide(self, turn: int, x: Tensor) -> object:
+        return self.drawn.plan(turn).layers
+
     def kept_branches(self, plan: DropPlan) -> Tensor:
-        units = self.stack.plan(plan.step).keep[: len(self.stack.layers) * self.stack.units_per_layer]
-        keep = units.repeat_interleave(2 // self.stack.units_per_layer, 0)
+        units = self.drawn.plan(plan.step).keep[: len(self.drawn.layers) * self.drawn.units_per_layer]
+        keep = units.repeat_interleave(2 // self.drawn.units_per_layer, 0)
         some = torch.tensor([part is None or bool(part.kept) for part in self._parts(plan)])
         return (keep & some[:, None]).expand(-1, self.setting.samples)
 
-    def parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
+    def kept_parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
         masks = {}
         for branch, part in enumerate(self._parts(plan)):
             if part is not None:
@@ -306,7 +309,7 @@ class PartsWay(OursWay):
 
     def _parts(self, plan: DropPlan) -> list[Parts | None]:
         """What is kept of every branch."""
-        stack, layers = self.stack, list(self.stack.layers)
+        stack, layers = self.drawn, list(self.drawn.layers)
         first = len(layers) * stack.units_per_layer
         return stack.parts.kept(layers, stack.plan(plan.step), first, stack.scale)
 

@@ -35,7 +35,7 @@ def curve(model: TransformerLM, scored: Windows) -> dict[str, float]:
 def strategies(
     model: TransformerLM, learned: DataDriven | None, chosen_on: Windows, judged_on: Windows
 ) -> dict[str, dict[str, Any]]:
-    """Half of the layers, chosen by each strategy: which, and what they are worth on windows that chose none of them."""
+    """Half of the layers, chosen by each strategy: which, and what they are worth on other windows."""
     layers = len(model.stack.layers)
     half = layers // 2
     kept = {
@@ -58,17 +58,18 @@ def strategies(
 
 
 def importance(model: TransformerLM, scored: Windows) -> dict[str, Any]:
-    """The mean over 20 random sub-networks of half of the layers that lack a layer, for each layer."""
+    """Of each layer: 20 random sub-networks of half of the layers that lack it, fewer where there are not as many."""
     half = len(model.stack.layers) // 2
     found = layer_importance(model, lambda model: bits_per_token(model, scored[:SEARCHED]), kept=half, samples=20)
-    return {"kept": half, "values": found.values.tolist()}
+    return {"kept": half, "values": [[value for value in row if value == value] for row in found.values.tolist()]}
 
 
 def parts(model: TransformerLM, scored: Windows) -> dict[str, float]:
     """With nothing taken out, and with half of each kind of part."""
     layers = len(model.stack.layers)
-    heads = model.stack.layers[0].self_attn.num_kv_heads
-    fewer_heads = prune_heads(model, every_other(heads, kept=heads // 2))  # type: ignore[arg-type]
+    first: Any = model.stack.layers[0]
+    heads = first.self_attn.num_kv_heads
+    fewer_heads = prune_heads(model, every_other(heads, kept=heads // 2))
     cut = {
         "nothing": model,
         "heads": fewer_heads,

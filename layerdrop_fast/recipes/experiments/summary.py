@@ -11,6 +11,7 @@ import numpy as np
 
 from layerdrop_fast.prune import Importance, plot_curves, plot_importance
 from layerdrop_fast.recipes.experiments.runs import NETWORKS
+from layerdrop_fast.schedule import FloatArray
 
 Results = Sequence[dict[str, Any]]
 
@@ -45,7 +46,7 @@ def plots(results: Results) -> dict[str, bytes]:
             axes.legend(framealpha=1.0, edgecolor="none")
             found[file] = _png(axes.figure)
     importances = {
-        result["network"]: Importance(result["importance"]["kept"], np.array(result["importance"]["values"]))
+        result["network"]: Importance(result["importance"]["kept"], _padded(result["importance"]["values"]))
         for result in results
         if "importance" in result
     }
@@ -53,6 +54,14 @@ def plots(results: Results) -> dict[str, bytes]:
         axes = plot_importance(importances)
         axes.set_ylabel("validation bits/byte of random halves without the layer")
         found["importance.png"] = _png(axes.figure)
+    return found
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> FloatArray:
+    """Rows of one length, filled up with NaN."""
+    found = np.full((len(rows), max(map(len, rows))), np.nan)
+    for number, row in enumerate(rows):
+        found[number, : len(row)] = row
     return found
 
 
@@ -77,9 +86,7 @@ def _strategies(results: Results) -> str | None:
                 _cell([run["strategies"][column]["bits"] for run in of]) if column in of[0]["strategies"] else ""
                 for column in columns
             ]
-            chosen = fmean(
-                run["strategies"]["every other"]["bits"] - run["strategies"]["search"]["bits"] for run in of
-            )
+            chosen = fmean(run["strategies"]["every other"]["bits"] - run["strategies"]["search"]["bits"] for run in of)
             rows.append([name, *cells, f"{chosen:+.3f}"])
     return _table(["network", *columns, "gain of search"], rows) if rows else None
 
