@@ -14,6 +14,7 @@ import torch
 
 from layerdrop_fast.cli import main
 from layerdrop_fast.recipes import demo as module
+from layerdrop_fast.recipes import run
 from layerdrop_fast.recipes import training
 from layerdrop_fast.recipes.bench.measure import Figures
 from layerdrop_fast.recipes.bench.setting import Setting
@@ -88,7 +89,7 @@ def test_a_second_call_trains_nothing_and_reports_again(unbroken, text, monkeypa
     before = (unbroken / "metrics.json").read_bytes()
     page = (unbroken / "report.html").read_bytes()
     (unbroken / "report.html").unlink()
-    monkeypatch.setattr(module, "train", None)
+    monkeypatch.setattr(run, "train", None)
     monkeypatch.setattr(module, "depth_curve", None)
     assert main(arguments(text, unbroken)) == 0
     assert (unbroken / "metrics.json").read_bytes() == before
