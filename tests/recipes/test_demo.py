@@ -14,8 +14,7 @@ import torch
 
 from layerdrop_fast.cli import main
 from layerdrop_fast.recipes import demo as module
-from layerdrop_fast.recipes import run
-from layerdrop_fast.recipes import training
+from layerdrop_fast.recipes import run, training
 from layerdrop_fast.recipes.bench.measure import Figures
 from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.checkpoint import load_checkpoint
