@@ -183,7 +183,6 @@ def test_it_looks_at_activations_now_and_then():
     torch.manual_seed(0)
     stack = LayerDropStack([Branch() for _ in range(3)], 0.0, seed=2)
     driven = DataDriven(stack, 0.5, every=2, momentum=0.5, width=6)
-    stack.schedule = DropSchedule.of(0.0, 3)
     x = torch.randn(4, 5, 6)
     states, seen = [], x
     for layer in stack.layers:
@@ -192,6 +191,7 @@ def test_it_looks_at_activations_now_and_then():
     driven.activations.zero_()
     driven.looking.fill_(True)
     driven._take_up()
+    stack.schedule = DropSchedule.of(0.0, 3)
     stack(x).sum().backward()
     torch.testing.assert_close(driven.activations, torch.stack(states))
     stack(2 * x).sum().backward()  # not looked at
