@@ -96,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = ["python", "-m", "layerdrop_fast.recipes.trials", *(sys.argv[1:] if arguments is None else arguments)]
     results = run_missing(
         options.out,
-        [(name, seed, size, options.steps) for seed in options.seeds for name in options.trials],
+        {(name, seed): (name, seed, size, options.steps) for seed in options.seeds for name in options.trials},
         run_trial,
-        lambda run: (run["trial"], run["seed"], size, options.steps),
+        lambda run: (run["trial"], run["seed"]),
         jobs=options.jobs,
         command=command,
         tell=lambda run: print(f"{run['trial']}, seed {run['seed']}: {run['bits_per_byte']}", flush=True),

@@ -146,3 +146,10 @@ def test_the_command_does_what_is_missing_and_reports(text, tmp_path, capsys, mo
     assert json.loads(out.read_text())["results"] == content["results"]
     assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 0
     assert "| heads 0.2 | 1 | 2 |" in capsys.readouterr().out
+    content["results"].append({**content["results"][0], "text": {"name": "another", "sha256": "0"}})
+    out.write_text(json.dumps(content))
+    assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
+    assert "got results of ['another, 2 steps', 'text, 2 steps'], expected" in capsys.readouterr().err
+    out.write_text("[]")
+    assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
+    assert "results.json is no file of results" in capsys.readouterr().err

@@ -7,15 +7,15 @@ and prints the tables of what there is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from layerdrop_fast.recipes.experiments.runs import NETWORKS, STEPS, run
-from layerdrop_fast.recipes.experiments.summary import plots, tables
-from layerdrop_fast.recipes.files import read_bytes, write_atomically
-from layerdrop_fast.recipes.pool import run_missing
+from layerdrop_fast.recipes.experiments.summary import comparable, plots, tables
+from layerdrop_fast.recipes.files import RecipeError, write_atomically
+from layerdrop_fast.recipes.pool import read_results, run_missing
+from layerdrop_fast.recipes.text import from_file, standard_library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,20 +32,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="networks at a time, one thread each (%(default)s)")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only report what is there: plots go here")
     options = parser.parse_args(arguments)
+    try:
+        return _run(options, sys.argv[1:] if arguments is None else list(arguments))
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, given: list[str]) -> int:
     if options.report is None:
-        named = sys.argv[1:] if arguments is None else list(arguments)
         # The text by its name: a path says nothing to others.
-        named = [Path(word).name if options.text is not None and word == str(options.text) else word for word in named]
+        named = [Path(word).name if options.text is not None and word == str(options.text) else word for word in given]
+        text = (standard_library() if options.text is None else from_file(options.text)).sha256
         run_missing(
             options.out,
-            [(name, seed, options.text, options.steps) for seed in options.seeds for name in options.networks],
+            {
+                (name, seed, text, options.steps): (name, seed, options.text, options.steps)
+                for seed in options.seeds
+                for name in options.networks
+            },
             run,
-            lambda result: (result["network"], result["seed"], options.text, result["steps"]),
+            lambda result: (result["network"], result["seed"], result["text"]["sha256"], result["steps"]),
             jobs=options.jobs,
             command=["python", "-m", "layerdrop_fast.recipes.experiments", *named],
             tell=lambda result: print(f"{result['network']}, seed {result['seed']}: {result['curve']}", flush=True),
         )
-    results = json.loads(read_bytes(options.out))["results"]
+    results = comparable(read_results(options.out))
     if options.report is not None:
         options.report.mkdir(parents=True, exist_ok=True)
         for name, content in plots(results).items():

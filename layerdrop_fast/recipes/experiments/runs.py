@@ -81,6 +81,8 @@ def measured(network: Network, trained: Trained, corpus: Corpus, size: ModelSize
         "bigram": bigram_bits_per_byte(corpus.train, scored),
         "curve": measures.curve(model, scored),
     }
+    if trained.learned is not None:
+        found["learned_rates"] = trained.learned.rates.tolist()
     if network.strategies:
         found["strategies"] = measures.strategies(model, trained.learned, chosen_on, judged_on)
     if network.importance and seed == 0:

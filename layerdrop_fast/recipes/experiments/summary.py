@@ -11,6 +11,7 @@ import numpy as np
 
 from layerdrop_fast.prune import Importance, plot_curves, plot_importance
 from layerdrop_fast.recipes.experiments.runs import NETWORKS
+from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.schedule import FloatArray
 
 Results = Sequence[dict[str, Any]]
@@ -20,6 +21,18 @@ PLOTS = {
     "recipe.png": ("dense", "uniform 0.15, equal work", "2026 recipe, equal work"),
 }
 SHOWN = (16, 12, 9, 8, 6, 4, 2)
+
+
+def comparable(results: Results) -> Results:
+    """The same.
+
+    Raises:
+        RecipeError: there are none, or they are of several texts or numbers of steps.
+    """
+    kinds = sorted({f"{result['text']['name']}, {result['steps']:,} steps" for result in results})
+    if len(kinds) != 1:
+        raise RecipeError(f"got results of {kinds}, expected those of one text and number of steps")
+    return results
 
 
 def tables(results: Results) -> str:
