@@ -139,7 +139,7 @@ def test_the_command_does_what_is_missing_and_reports(text, tmp_path, capsys, mo
     assert command.main([*arguments, "--networks", "heads 0.2"]) == 0
     content = json.loads(out.read_text())
     assert [run["network"] for run in content["results"]] == ["heads 0.2"]
-    assert str(tmp_path) not in content["provenance"]["command"].replace(str(out), "")
+    assert str(tmp_path) not in content["provenance"]["command"]
     first = capsys.readouterr().out
     assert "| heads 0.2 | 1 | 2 |" in first
     assert command.main([*arguments, "--networks", "heads 0.2"]) == 0

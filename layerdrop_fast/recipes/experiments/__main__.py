@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, given: list[str]) -> int:
     if options.report is None:
-        # The text by its name: a path says nothing to others.
-        named = [Path(word).name if options.text is not None and word == str(options.text) else word for word in given]
+        # Files by their names: paths say nothing to others.
+        files = {str(path): path.name for path in (options.text, options.out) if path is not None}
+        named = [files.get(word, word) for word in given]
         text = (standard_library() if options.text is None else from_file(options.text)).sha256
         run_missing(
             options.out,
