@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+import weakref
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from layerdrop_fast.nn.distributed import several_ranks
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.transformer_layer import Visit
+from layerdrop_fast.prune.regression import FadingRegression
 from layerdrop_fast.schedule import DropSchedule, per_layer
 
 HIGHEST_RATE = 0.95  # a layer that never runs could never show that it is missed
@@ -66,8 +67,8 @@ class DataDriven(nn.Module):
 
     State dict: the small network, activations, rates and the regression; loading it sets the stack's schedule.
 
-    On several ranks losses and activations are averaged, so that all have the same rates; every rank calls ``backward``
-    as often.
+    On several ranks losses and activations are averaged and the small network is rank 0's, so that all have the same
+    rates; every rank calls ``backward`` as often.
 
     Raises:
         ValueError: a number out of range. TypeError: another kind of stack or number.
@@ -77,9 +78,7 @@ class DataDriven(nn.Module):
 
     rates: Tensor
     activations: Tensor
-    normal: Tensor  # of the regression: [X^T X | X^T y] with X = [1, m - (1 - p)], earlier steps weighing less
-    new: Tensor  # the same of the steps since the last gradient
-    steps: Tensor
+    steps: Tensor  # forwards that were taken, as of the last gradient
     looking: Tensor  # whether the activation of a layer is taken when it runs next
 
     def __init__(
@@ -113,11 +112,12 @@ class DataDriven(nn.Module):
         nn.init.zeros_(self.score.weight)  # all rates are the same at first
         self.register_buffer("activations", torch.zeros(layers, width, device=device))
         self.register_buffer("rates", torch.full((layers,), self.target_rate, device=device))
-        self.register_buffer("normal", torch.zeros(layers + 1, layers + 2, dtype=torch.float64))
-        self.register_buffer("new", torch.zeros(layers + 1, layers + 2, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._hooks: dict[int, Any] = {}
         self.register_buffer("looking", torch.ones(layers, dtype=torch.bool))
+        self.regression = FadingRegression(layers)
+        self._taken = 0
+        self._hooks: dict[int, Any] = {}
+        self.register_state_dict_pre_hook(lambda module, *_: module.steps.fill_(module._taken))  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(lambda module, _: module._take_up())  # type: ignore[no-untyped-call]
         self._take_up()
 
@@ -145,22 +145,17 @@ class DataDriven(nn.Module):
         if not stack.counters.forwards:
             raise RuntimeError("backward: got no training forward of the stack, expected one before it")
         plan = stack.plan(stack.counters.forwards - 1, batch_size=len(loss) if loss.dim() else None)
-        kept = plan.keep.double().view(len(self.rates), stack.units_per_layer, -1).mean(1)  # [L, B]
-        density = torch.from_numpy(1.0 - stack.schedule(plan.step))
-        x = torch.cat([torch.ones(1, kept.shape[1], dtype=torch.float64), kept - density[:, None]])
-        y = loss.detach().reshape(1, -1).to("cpu", torch.float64)
-        self.new += (x @ torch.cat([x, y]).t()).to(self.new.device)
-        self.steps += 1
-        if int(self.steps) % self.every == 0:
+        units = plan.keep[: len(stack.layers) * stack.units_per_layer]  # behind them come heads and chunks
+        kept = units.double().view(len(stack.layers), stack.units_per_layer, -1).mean(1)  # [L, B]
+        self.regression.add(kept - torch.from_numpy(1.0 - stack.schedule(plan.step))[:, None], loss)
+        self._taken += 1
+        if self._taken % self.every == 0:
             self._learn()
 
     @property
     def slopes(self) -> Tensor:
         """What the loss gains by a layer's density, ``e``: the more negative, the more the layer helps."""
-        normal = self.normal.cpu()
-        ridge = torch.eye(len(normal), dtype=torch.float64)
-        ridge[0, 0] = 1e-12  # the mean is not drawn to 0
-        return torch.linalg.solve(normal[:, :-1] + ridge, normal[:, -1])[1:]  # type: ignore[no-any-return]
+        return self.regression.slopes
 
     def keep(self, kept: int) -> list[int]:
         """The ``kept`` layers with the lowest drop rates, ascending; of equal ones the first."""
@@ -171,32 +166,43 @@ class DataDriven(nn.Module):
         return sorted(sorted(range(layers), key=lambda layer: (rates[layer], layer))[:kept])
 
     def _learn(self) -> None:
-        if several_ranks():
-            self.new.copy_(_mean_over_ranks(self.new, self.rates.device))
-            self.activations.copy_(_mean_over_ranks(self.activations, self.rates.device))
-        self.normal.mul_(math.exp(-self.every / self.memory)).add_(self.new)
-        self.new.zero_()
+        if several_ranks():  # who may have drawn the small network from generators of their own
+            for parameter in self.parameters():
+                distributed.broadcast(parameter.data, 0)
+        self.activations.copy_(self._common(self.activations))
+        self.regression.fade(math.exp(-self.every / self.memory), self._common)
         with torch.enable_grad():
             rates = self()
             (rates * -self.slopes.to(rates)).sum().backward()
         self.rates.copy_(rates.detach())
+        self.steps.fill_(self._taken)
         self.looking.fill_(True)
         self._take_up()
+
+    def _common(self, x: Tensor) -> Tensor:
+        """The mean over ranks."""
+        if not several_ranks():
+            return x
+        total = x.to(self.rates.device, copy=True)
+        distributed.all_reduce(total)
+        return (total / distributed.get_world_size()).to(x.device)
 
     def _take_up(self) -> None:
         """Sets the stack's rates, and takes the activations of the layers that are looked at when they run next."""
         stack = self._stack[0]
+        self._taken = int(self.steps)
         stack.schedule = DropSchedule(len(self.rates), per_layer(self.rates.tolist()), stack.schedule.time)
         for hook in self._hooks.values():
             hook.remove()
         self._hooks = {
-            index: layer.register_forward_hook(partial(self._take, index), with_kwargs=True)
+            index: layer.register_forward_hook(_Look(self, index), with_kwargs=True)
             for index, (layer, looking) in enumerate(zip(stack.layers, self.looking.tolist(), strict=True))
             if looking
         }
 
     @torch.no_grad()
-    def _take(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
+    def take(self, index: int, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
+        """The activation of a layer, of which it is not asked again before the next gradient."""
         self._hooks.pop(index).remove()
         self.looking[index] = False
         before, behind = inputs[0], out[0] if isinstance(out, tuple) else out
@@ -210,6 +216,25 @@ class DataDriven(nn.Module):
             known.copy_(torch.where(known.any(), torch.lerp(added, known, self.momentum), added))
 
 
+class _Look:
+    """A forward hook that hands on what a layer did; a copy of the layer has one that only removes itself."""
+
+    def __init__(self, driven: DataDriven | None, index: int) -> None:
+        self.driven, self.index = None if driven is None else weakref.ref(driven), index
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
+        driven = None if self.driven is None else self.driven()
+        if driven is None:
+            for key, hook in list(layer._forward_hooks.items()):
+                if hook is self:
+                    del layer._forward_hooks[key], layer._forward_hooks_with_kwargs[key]
+        elif layer.training:
+            driven.take(self.index, inputs, keywords, out)
+
+    def __reduce__(self) -> Any:
+        return _Look, (None, self.index)
+
+
 def _with(x: Tensor, y: Tensor | None, step: Step | None) -> Tensor:
     """The stream, with the branch that is still to be added."""
     return x if y is None or step is None else add(x, y, step, in_place=False)
@@ -217,12 +242,6 @@ def _with(x: Tensor, y: Tensor | None, step: Step | None) -> Tensor:
 
 def _device_of(stack: nn.Module) -> torch.device | None:
     return next((weight.device for weight in stack.parameters()), None)
-
-
-def _mean_over_ranks(x: Tensor, device: torch.device) -> Tensor:
-    total = x.to(device, copy=True)
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
 
 
 def _rates(scores: Tensor, mean: float) -> Tensor:

@@ -1,6 +1,7 @@
 """DataDriven: rates that are learned, with a mean that stays."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_the_slopes_are_those_of_the_loss(granularity):
     torch.manual_seed(0)
     driven = linear_loss(granularity, every=200)
     torch.testing.assert_close(driven.slopes, GAINS.double(), rtol=0.05, atol=0.05)
-    torch.testing.assert_close(driven.normal[0, 0].item(), 200.0 * (8 if granularity == "sample" else 1))
+    torch.testing.assert_close(driven.regression.normal[0, 0].item(), 200.0 * (8 if granularity == "sample" else 1))
 
 
 def test_a_fixed_number_of_layers_shows_their_differences():
@@ -105,8 +106,8 @@ def test_earlier_steps_count_less():
     for _ in range(6):
         stack(torch.zeros(1, 1, requires_grad=True))
         driven.backward(torch.ones(()))
-    assert driven.normal[0, 0].item() == pytest.approx(2 * (1 + math.exp(-0.2) + math.exp(-0.4)))
-    assert driven.normal[0, -1].item() == pytest.approx(driven.normal[0, 0].item())
+    assert driven.regression.normal[0, 0].item() == pytest.approx(2 * (1 + math.exp(-0.2) + math.exp(-0.4)))
+    assert driven.regression.normal[0, -1].item() == pytest.approx(driven.regression.normal[0, 0].item())
 
 
 @pytest.mark.parametrize("kind", ["fused", "any layers"])
@@ -153,30 +154,105 @@ def test_the_time_multiplier_stays():
     assert stack.schedule(5).tolist() == pytest.approx([0.3] * 3)
 
 
-def test_it_is_saved_and_resumed():
-    def made():
-        torch.manual_seed(0)
-        stack = LayerDropStack([Branch() for _ in range(4)], 0.5, seed=2)
-        driven = DataDriven(stack, 0.5, every=2, width=6)
-        return stack, driven, torch.optim.Adam([*stack.parameters(), *driven.parameters()], lr=0.05)
+def made(granularity="batch", targets=None):
+    torch.manual_seed(0)
+    if targets is None:
+        stack = LayerDropStack([Branch() for _ in range(4)], 0.5, granularity=granularity, seed=2)
+    else:
+        stack = TransformerStack(4, 6, 2, 8, dropout=0.0, schedule=targets, seed=2)
+    driven = DataDriven(stack, 0.5, every=4, width=6)
+    return stack, driven, torch.optim.Adam([*stack.parameters(), *driven.parameters()], lr=0.05)
 
-    def steps(stack, driven, optimizer, count):
-        for n in range(count):
-            optimizer.zero_grad()
-            loss = stack(torch.randn(4, 6, generator=torch.Generator().manual_seed(n))).square().mean()
-            loss.backward()
-            driven.backward(loss)
-            optimizer.step()
 
-    stack, driven, optimizer = made()
-    steps(stack, driven, optimizer, 8)
+def steps(stack, driven, optimizer, numbers):
+    for n in numbers:
+        optimizer.zero_grad()
+        out = stack(torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(n)))
+        losses = out.square().mean((1, 2))
+        losses = losses if stack.granularity == "sample" else losses.mean()
+        losses.mean().backward()
+        driven.backward(losses)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("at", [8, 9, 10])
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_a_resumed_training_ends_as_an_unbroken_one(granularity, at):
+    unbroken = made(granularity)
+    steps(*unbroken, range(16))
+    first = made(granularity)
+    steps(*first, range(at))
+    again = made(granularity)
+    torch.randn(7)
+    for one, other in zip(again, first, strict=True):
+        one.load_state_dict(other.state_dict())
+    assert again[0].schedule(0).tolist() == first[0].schedule(0).tolist()
+    steps(*again, range(at, 16))
+    assert unbroken[1].rates.std() > 0
+    for name, value in unbroken[1].state_dict().items():
+        assert torch.equal(again[1].state_dict()[name], value), name
+
+
+def test_with_heads_and_chunks_the_rates_of_layers_are_learned():
+    stack, driven, optimizer = made(targets={"layer": 0.5, "head": 0.3, "ffn_chunk": 0.2})
+    steps(stack, driven, optimizer, range(12))
     assert driven.rates.std() > 0
-    other_stack, other, _ = made()
-    other_stack.load_state_dict(stack.state_dict())
-    other.load_state_dict(driven.state_dict())
-    assert torch.equal(other.rates, driven.rates)
-    assert other_stack.schedule(0).tolist() == stack.schedule(0).tolist()
-    torch.testing.assert_close(other(), driven())
+    assert len(stack.rates(0)) == 4 + 4 * 2 + 4 * 8
+    torch.testing.assert_close(torch.from_numpy(stack.rates(0)[:4]).float(), driven.rates)
+
+
+def test_a_loss_that_is_not_finite_is_left_out():
+    stack, driven, _ = made()
+    for loss in (1.0, float("inf"), 3.0, float("nan")):
+        stack(torch.randn(2, 6))
+        driven.backward(torch.tensor(loss))
+    assert driven.regression.normal[0, 0] == 2
+    assert driven.regression.normal[0, -1] == 4
+    assert driven.slopes.isfinite().all()
+
+
+def test_losses_are_read_when_rates_are_set_only():
+    """A tensor on the meta device has no value to wait for."""
+    stack, driven, _ = made()
+    for _ in range(3):
+        stack(torch.randn(2, 6))
+        driven.backward(torch.zeros((), device="meta"))
+    stack(torch.randn(2, 6))
+    with pytest.raises(NotImplementedError, match="meta"):
+        driven.backward(torch.zeros((), device="meta"))
+
+
+def test_evaluation_is_not_looked_at_and_copies_look_at_nothing():
+    stack, driven, _ = made()
+    stack.eval()(100 * torch.ones(2, 6))
+    assert not driven.activations.any()
+    small = extract(stack, [0, 2])
+    assert pickle.loads(pickle.dumps(small)).layers[0]._forward_hooks
+    small.train()
+    small.schedule = DropSchedule.of(0.0, 2)
+    small(torch.ones(2, 6))
+    assert not any(layer._forward_hooks for layer in small.layers)
+    assert not driven.activations.any()
+    assert all(layer._forward_hooks for layer in stack.layers)
+
+
+def test_activations_are_a_running_mean_and_their_size_does_not_matter():
+    torch.manual_seed(0)
+    stack = LayerDropStack([Gain(1.0), Gain(-2.0)], 0.5, seed=0)
+    driven = DataDriven(stack, 0.5, momentum=0.25, width=1)
+    for gain in (1.0, 5.0):
+        stack.layers[0].gain.data.fill_(gain)
+        driven.looking.fill_(True)
+        driven._take_up()
+        stack.schedule = DropSchedule.of(0.0, 2)
+        stack(torch.zeros(3, 1))
+    torch.testing.assert_close(driven.activations, torch.tensor([[0.25 * 1 + 0.75 * 5], [-2.0]]))
+    nn.init.normal_(driven.score.weight)
+    before = driven()
+    driven.activations[0] *= 10
+    torch.testing.assert_close(driven(), before)
+    driven.activations[0] *= -1
+    assert not torch.allclose(driven(), before)
 
 
 def test_it_looks_at_activations_now_and_then():
@@ -234,7 +310,7 @@ def test_a_loss_of_another_shape_is_refused(granularity):
     with pytest.raises(ValueError, match=rf"loss: got \[4?\], expected \[B?\].* at granularity '{granularity}'"):
         driven.backward(wrong)
     driven.backward(right)
-    assert driven.steps == 1
+    assert driven.state_dict()["steps"] == 1
 
 
 @pytest.mark.parametrize(
