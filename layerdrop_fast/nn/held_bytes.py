@@ -1,4 +1,4 @@
-"""What a branch of a TransformerLayer holds for backward."""
+"""What a branch of a TransformerLayer holds for backward, and the elements of its matrices."""
 
 from __future__ import annotations
 
@@ -68,10 +68,17 @@ def branch_bytes(
 
 
 def bytes_per_token(layers: Iterable[TransformerLayer], dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
-    """What each layer holds for backward a token, float64 [L]; what does not depend on tokens is not counted."""
+    """What each branch of each layer holds for backward a token, float64 [L, branches]; the rest is not counted."""
     many = 1 << 20
     found = [
-        sum(branch_bytes(layer, branch, many, dtype, autocast) for branch in range(layer.num_branches)) // many
+        [branch_bytes(layer, branch, many, dtype, autocast) // many for branch in range(layer.num_branches)]
         for layer in layers
     ]
     return np.array(found, dtype=np.float64)
+
+
+def branch_weights(layer: TransformerLayer) -> list[int]:
+    """Elements of the matrices of each branch."""
+    attention = [layer.self_attn] if layer.multihead_attn is None else [layer.self_attn, layer.multihead_attn]
+    found = [part.in_proj_weight.numel() + part.out_proj.weight.numel() for part in attention]
+    return [*found, layer.linear1.weight.numel() + layer.linear2.weight.numel()]

@@ -324,14 +324,23 @@ class LayerDropStack(nn.Module):
         return False
 
     def _count(self, turn: Turn, x: Tensor, batch: int) -> None:
-        shares = np.zeros(len(self.layers) * self.units_per_layer)
-        for unit in turn.kept:
-            shares[unit.unit] = unit.num_rows / max(batch, 1) * unit.share
         tokens = x.numel() // x.shape[-1] if x.numel() else 0
-        self._statistics.count(shares.reshape(-1, self.units_per_layer).mean(1), batch, tokens, x)
+        self._statistics.count(self._shares(turn, max(batch, 1)), batch, tokens, x)
+
+    def _shares(self, turn: Turn, batch: int) -> FloatArray:
+        """How much of each layer runs, [L, W]."""
+        shares = np.zeros((len(self.layers), 1))
+        for unit in turn.kept:
+            shares[unit.unit] = unit.num_rows / batch
+        return shares
+
+    def _weights(self) -> FloatArray:
+        """Elements of the matrices of each layer, [L, W]."""
+        found = [[sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)] for layer in self.layers]
+        return np.array(found, dtype=np.float64)
 
     def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray | None:
-        """What each layer holds for backward, [L]; None: unknown."""
+        """What each layer holds for backward, [L, W]; None: unknown."""
         return None
 
     def reset_stats(self) -> None:
@@ -340,7 +349,7 @@ class LayerDropStack(nn.Module):
 
     def stats(self) -> StackStats:
         """What was dropped so far; recomputes are not counted. Not part of the state dict."""
-        return self._statistics.of(self.layers, self._bytes_per_token)
+        return self._statistics.of(self._weights(), self._bytes_per_token)
 
     def extra_repr(self) -> str:
         return (

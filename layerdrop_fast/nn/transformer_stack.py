@@ -16,14 +16,14 @@ from layerdrop_fast.nn.alike import alike
 from layerdrop_fast.nn.attention import Attend, KVCache, positions_read
 from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
 from layerdrop_fast.nn.enclosed import is_enclosed
-from layerdrop_fast.nn.held_bytes import bytes_per_token
+from layerdrop_fast.nn.held_bytes import branch_weights, bytes_per_token
 from layerdrop_fast.nn.packed import Packed
 from layerdrop_fast.nn.parts import PartSchedules, Rates, targets_of
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.steps import steps_of
 from layerdrop_fast.nn.transformer_layer import TransformerLayer, Visit
-from layerdrop_fast.nn.turn import Kept, Turn
+from layerdrop_fast.nn.turn import Kept, Turn, branch_shares
 from layerdrop_fast.plan import DropPlan
 from layerdrop_fast.schedule import FloatArray
 
@@ -382,6 +382,12 @@ class TransformerStack(LayerDropStack):
         per_unit = self._branches // self.units_per_layer
         kept = [unit._replace(parts=parts[unit.unit * per_unit : (unit.unit + 1) * per_unit]) for unit in kept]
         return [unit for unit in kept if any(part is None or part.kept for part in unit.parts)]
+
+    def _shares(self, turn: Turn, batch: int) -> FloatArray:
+        return branch_shares(turn.kept, len(self.layers), self._branches, self.units_per_layer, batch)
+
+    def _weights(self) -> FloatArray:
+        return np.array([branch_weights(layer) for layer in self._each], dtype=np.float64)
 
     def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
         return bytes_per_token(self._each, x_dtype, autocast)
