@@ -37,22 +37,38 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, tokens: Tensor, softmax: nn.AdaptiveLogSoftmaxWithLoss) -> Tensor:
         cutoffs: list[int] = softmax.cutoffs
         found = self.projection(F.embedding(tokens.clamp(max=cutoffs[0] - 1), softmax.head.weight[: cutoffs[0]]))
-        for (first, end), tail in zip(pairwise(cutoffs), softmax.tail, strict=True):
+        for number, ((first, end), tail) in enumerate(zip(pairwise(cutoffs), softmax.tail, strict=True), 1):
             projection, rows = tail[0].weight, tail[1].weight  # type: ignore[index]
-            band = F.embedding((tokens - first).clamp(0, end - first - 1), rows) @ projection
+            last = number == softmax.n_clusters  # whose end is the vocabulary's: a token beyond it is an error
+            band = F.embedding((tokens - first).clamp(0, None if last else end - first - 1), rows) @ projection
             found = torch.where((tokens >= first).unsqueeze(-1), band.to(found.dtype), found)
-        return found * math.sqrt(softmax.in_features)  # type: ignore[no-any-return]
+        # As an embedding's, under autocast too.
+        return (found * math.sqrt(softmax.in_features)).to(softmax.head.weight.dtype)  # type: ignore[no-any-return]
 
 
-def check_cutoffs(cutoffs: Sequence[int], vocab_size: int) -> list[int]:
+def losses(softmax: nn.AdaptiveLogSoftmaxWithLoss, x: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each target, [n], of x [n, D]; in x's weights' dtype, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return -softmax(x.to(softmax.head.weight.dtype), targets).output  # type: ignore[no-any-return]
+
+
+def check_cutoffs(cutoffs: Sequence[int], vocab_size: int, d_model: int) -> list[int]:
     """Where the bands behind the first begin.
 
     Raises:
-        ValueError: they do not ascend strictly, or leave a band without tokens. TypeError: no whole numbers.
+        ValueError: they do not ascend strictly, or leave a band without tokens or without channels. TypeError: no whole
+            numbers.
     """
+    if not isinstance(cutoffs, Sequence):
+        raise TypeError(f"cutoffs: got {type(cutoffs).__name__}, expected whole numbers")
     found = [check_count(cutoff, "cutoff", 1) for cutoff in cutoffs]
     if not found or found != sorted(set(found)) or found[-1] >= vocab_size:
         raise ValueError(f"cutoffs are {found}, expected some that ascend, below the vocabulary's {vocab_size}")
+    if d_model < 4 ** len(found):
+        raise ValueError(
+            f"{len(found)} cutoffs for d_model {d_model}: expected d_model to be at least {4 ** len(found)}, since a "
+            "band is 4 times as narrow as the one before"
+        )
     return found
 
 

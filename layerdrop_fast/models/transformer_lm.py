@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from layerdrop_fast._checks import check_choice, check_count, check_integer, check_rate
 from layerdrop_fast.models.adaptive import AdaptiveEmbedding, check_cutoffs, sinusoidal_positions
+from layerdrop_fast.models.adaptive import losses as adaptive_losses
 from layerdrop_fast.models.generation import Sampler, evaluating
 from layerdrop_fast.nn import KVCache, TransformerStack
 from layerdrop_fast.nn.parts import Rates
@@ -127,7 +128,7 @@ class TransformerLM(nn.Module):
             self.norm = nn.RMSNorm(d_model, 1e-5) if norm == "rmsnorm" else nn.LayerNorm(d_model)
         self.head: nn.Linear | nn.AdaptiveLogSoftmaxWithLoss = nn.Linear(d_model, vocab_size, bias=False)
         if cutoffs is not None:
-            self.head = nn.AdaptiveLogSoftmaxWithLoss(d_model, vocab_size, check_cutoffs(cutoffs, vocab_size))
+            self.head = nn.AdaptiveLogSoftmaxWithLoss(d_model, vocab_size, check_cutoffs(cutoffs, vocab_size, d_model))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -165,8 +166,8 @@ class TransformerLM(nn.Module):
         """
         x = self.norm(self._stream(tokens, None)).flatten(0, 1)
         if isinstance(self.head, nn.AdaptiveLogSoftmaxWithLoss):
-            losses = -self.head(x, targets.flatten()).output
-            return losses.view(targets.shape).mean(1) if per_sample else losses.mean()  # type: ignore[no-any-return]
+            found = adaptive_losses(self.head, x, targets.flatten())
+            return found.view(targets.shape).mean(1) if per_sample else found.mean()
         logits = self.head(x)
         if not per_sample:
             return F.cross_entropy(logits, targets.flatten())

@@ -21,6 +21,13 @@ HIGHEST_RATE = 0.95  # a layer that never runs could never show that it is misse
 HALVINGS = 60
 
 
+def check_target_rate(rate: float) -> float:
+    """A mean of drop rates that can be held while all stay below the highest."""
+    if not 0 < check_rate(rate, "target_rate") < HIGHEST_RATE:
+        raise ValueError(f"target_rate is {rate}, expected a number in (0, {HIGHEST_RATE})")
+    return float(rate)
+
+
 class DataDriven(nn.Module):
     """Learns a drop rate for each layer of a stack, with their mean fixed: layers that help are dropped less.
 
@@ -95,9 +102,7 @@ class DataDriven(nn.Module):
         super().__init__()
         if not isinstance(stack, LayerDropStack):
             raise TypeError(f"stack: got {type(stack).__name__}, expected a LayerDropStack or TransformerStack")
-        self.target_rate = check_rate(target_rate, "target_rate")
-        if not 0 < self.target_rate < HIGHEST_RATE:
-            raise ValueError(f"target_rate is {target_rate}, expected a number in (0, {HIGHEST_RATE})")
+        self.target_rate = check_target_rate(target_rate)
         check_count(hidden, "hidden", 1)
         self.every, self.momentum = check_count(every, "every", 1), check_rate(momentum, "momentum")
         self.memory = check_count(memory, "memory", 1)

@@ -15,6 +15,7 @@ import torch
 
 from layerdrop_fast._progress import stage
 from layerdrop_fast._provenance import machine
+from layerdrop_fast.prune.data_driven import check_target_rate
 from layerdrop_fast.prune.plots import plot_curves
 from layerdrop_fast.recipes import words
 from layerdrop_fast.recipes.configurations import CONFIGURATIONS
@@ -55,12 +56,12 @@ def run(options: Options) -> None:
     if missing:
         raise RecipeError(f"train needs {', '.join(missing)}: pip install 'layerdrop_fast[recipes]'")
     with StopSignal() as stop, locked(options.out):
-        if options.restart:
-            for name in ("metrics.json", f"{NAME}.safetensors", f"{NAME}.training.safetensors"):
-                remove(options.out / name)
         device = device_of(options.device)
         corpus = corpus_of(options)
         training = training_of(options, corpus)
+        if options.restart:  # only now that nothing is wrong with what is asked for
+            for name in ("metrics.json", f"{NAME}.safetensors", f"{NAME}.training.safetensors"):
+                remove(options.out / name)
         print(introduction(options, corpus, training, device), flush=True)
         with reproducible(device):
             environment = environment_of(corpus, device) | {"threads": torch.get_num_threads()}
@@ -120,12 +121,14 @@ def training_of(options: Options, corpus: Corpus) -> Training:
     """What is trained, on this text."""
     training = CONFIGURATIONS[options.configuration].of(corpus.vocab_size)
     training = replace(training, recipe=options.recipe, **options.changes)
-    if options.equal_work:
-        steps = options.recipe.steps_of_equal_work(training.size.num_layers, training.steps)
-        training = replace(training, steps=steps)
     try:
+        if options.equal_work:
+            steps = options.recipe.steps_of_equal_work(training.size.num_layers, training.steps)
+            training = replace(training, steps=steps)
         with torch.device("meta"):
             training.model()
+        if training.recipe.learned:
+            check_target_rate(training.mean_rate)
     except ValueError as error:  # choices that do not go together
         raise RecipeError(str(error)) from error
     for name, part in (("training", corpus.train), ("validation", corpus.validation)):

@@ -60,7 +60,13 @@ class Recipe:
         return 1.0 - rate * (0.5 if self.fade else 1.0)  # the mean of 1 - t / (T - 1) over t is 1/2
 
     def steps_of_equal_work(self, num_layers: int, dense_steps: int) -> int:
-        """The steps in which as many layers are expected to run as in ``dense_steps`` steps without dropping."""
+        """The steps in which as many layers are expected to run as in ``dense_steps`` steps without dropping.
+
+        Raises:
+            ValueError: no layer ever runs.
+        """
+        if not self.density(num_layers):
+            raise ValueError(f"{self.depth} runs no layer, expected some to run where work is to be equal")
         return round(dense_steps / self.density(num_layers))
 
 
@@ -140,6 +146,11 @@ class Training:
             accumulation=self.accumulation,
         )
 
+    @property
+    def mean_rate(self) -> float:
+        """The mean of the depth profile."""
+        return float(np.mean(self.recipe.depth(self.size.num_layers)))
+
 
 @dataclass
 class Progress:
@@ -170,10 +181,7 @@ class _State:
     def __init__(self, training: Training, device: torch.device) -> None:
         self.training, self.device = training, device
         self.model = training.model().to(device)
-        self.learned: DataDriven | None = None
-        if training.recipe.learned:
-            rate = float(np.mean(training.recipe.depth(training.size.num_layers)))
-            self.learned = DataDriven(self.model.stack, rate).to(device)
+        self.learned = DataDriven(self.model.stack, training.mean_rate) if training.recipe.learned else None
         self.optimizer = _optimizer(self.model, self.learned, training)
         self.step, self.seconds = 0, 0.0
         self.bits = torch.zeros(training.steps, dtype=torch.float64)

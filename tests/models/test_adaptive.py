@@ -107,6 +107,33 @@ def test_bad_cutoffs_are_named(cutoffs):
         lm(cutoffs=cutoffs)
 
 
+@pytest.mark.parametrize("settings", [{}, {"positions": "sinusoidal"}, {"rope_theta": 100.0, "final_norm": False}])
+def test_under_autocast_the_stream_stays_as_it_is(settings):
+    model = lm(**settings).float()
+    tokens = torch.randint(VOCAB, (3, 8))
+    expected = model.loss(tokens, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(tokens, tokens)
+        assert model._stream(tokens, None).dtype == torch.float32
+        assert model(tokens).isfinite().all()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 5000])
+def test_tokens_that_do_not_exist_are_refused(token):
+    with pytest.raises(IndexError):
+        lm()(torch.tensor([[1, token]]))
+
+
+def test_too_many_bands_are_named():
+    with pytest.raises(ValueError, match="3 cutoffs for d_model 16: expected d_model to be at least 64"):
+        lm(cutoffs=(3, 5, 9))
+    with pytest.raises(TypeError, match="cutoffs: got int, expected whole numbers"):
+        lm(cutoffs=10)
+
+
 def test_bad_positions_are_named():
     with pytest.raises(ValueError, match="positions is 'rotary'"):
         lm(positions="rotary")

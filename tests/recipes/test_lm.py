@@ -46,6 +46,7 @@ def few_windows(monkeypatch):
         ),
         (["--learned", "--p", "0.5"], {"learned": True}),
         (["--config", "words-16"], {"vocab_size": 16, "cutoffs": None}),
+        (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
     ],
 )
 def test_it_trains_and_measures_every_depth(text, capsys, arguments, drops):
@@ -55,6 +56,11 @@ def test_it_trains_and_measures_every_depth(text, capsys, arguments, drops):
     assert {name: metrics["settings"][name] for name in drops} == drops
     assert list(metrics["bits_per_token"]) == [str(depth) for depth in range(16, 0, -1)]
     assert metrics["training"]["steps"] == 12
+    assert metrics["text"]["scored_tokens"] == 4 * metrics["settings"]["context"]
+    share = {"0.3": 0.7, "0.5": 0.5}.get(arguments[-1] if arguments[0] == "--p" else "")
+    assert share is None or abs(metrics["training"]["share_of_layers_run"] - share) < 0.15
+    assert 0 < metrics["training"]["share_of_layers_run"] <= 1
+    assert f"{2 ** metrics['bits_per_token']['16']:10,.2f}" in lm.table(metrics)
     assert len(metrics["training"].get("learned_rates", [])) == (16 if "--learned" in arguments else 0)
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "metrics.json", "depth.png", "training.png"}
     assert (out / "depth.png").read_bytes()[:4] == b"\x89PNG"
@@ -104,12 +110,17 @@ def test_other_settings_are_refused_and_restart_forgets(text, capsys):
     [
         (["--heads", "0.2", "--granularity", "sample"], "granularity 'sample', expected \"batch\""),
         (["--config", "wikitext-103-16"], "the training part has .* words, expected more than the 3,072 of a window"),
+        (["--learned", "--p", "0.97"], r"target_rate is 0.97, expected a number in \(0, 0.95\)"),
+        (["--p", "1", "--equal-work"], r"uniform\(p=1.0\) runs no layer, expected some to run"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
     ],
 )
 def test_choices_that_do_not_fit_are_named(text, capsys, arguments, message):
     text.write_text(SENTENCE * 40 if "wikitext" in arguments[-1] else SENTENCE * 400)
-    assert train(text, *arguments) == 2
+    (text.parent / "out").mkdir()
+    (text.parent / "out" / "model.safetensors").write_bytes(b"kept")
+    assert train(text, *arguments, "--restart") == 2
+    assert (text.parent / "out" / "model.safetensors").read_bytes() == b"kept"
     assert re.search(message, capsys.readouterr().err)
 
 
