@@ -79,6 +79,19 @@ class PartSchedules:
     def __bool__(self) -> bool:
         return bool(self.schedules)
 
+    def __str__(self) -> str:
+        chunks = f", ffn_chunks={self.ffn_chunks}" if "ffn_chunk" in self.schedules else ""
+        return "".join(f", {part}: {schedule}" for part, schedule in self.schedules.items()) + chunks
+
+    def check_depth(self, num_layers: int) -> None:
+        """After the list of layers was changed."""
+        for part, schedule in self.schedules.items():
+            if schedule.num_layers != num_layers:
+                raise ValueError(
+                    f"the stack has {num_layers} layers and a schedule of {part} for {schedule.num_layers}: set .parts "
+                    "when you change .layers, or cut with prune.extract"
+                )
+
     def check(self, granularity: str, scale: str) -> None:
         """What does not go with parts."""
         if self and granularity != "batch":

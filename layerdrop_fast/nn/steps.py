@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from layerdrop_fast import ops
 from layerdrop_fast.nn import distributed
+from layerdrop_fast.nn.attention import Attend, KVCache
 from layerdrop_fast.nn.packed import Packed
 from layerdrop_fast.nn.parts import part_blocks
 from layerdrop_fast.nn.residual import Step
@@ -20,6 +22,18 @@ from layerdrop_fast.plan import DropPlan, to_device
 
 if TYPE_CHECKING:
     from layerdrop_fast.nn.transformer_stack import TransformerStack
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward is given besides the stream, as the layers take it."""
+
+    memory: Tensor | None
+    attend: Attend
+    memory_attend: Attend
+    packed: Packed | None
+    cache: KVCache | None
+    steps: dict[int, Step]  # of every kept branch, numbered through the stack
 
 
 def steps_of(stack: TransformerStack, x: Tensor, turn: Turn, packed: Packed | None) -> dict[int, Step]:

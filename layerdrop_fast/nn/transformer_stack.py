@@ -21,23 +21,11 @@ from layerdrop_fast.nn.packed import Packed
 from layerdrop_fast.nn.parts import PartSchedules, Rates, targets_of
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
-from layerdrop_fast.nn.steps import steps_of
+from layerdrop_fast.nn.steps import Inputs, steps_of
 from layerdrop_fast.nn.transformer_layer import TransformerLayer, Visit
 from layerdrop_fast.nn.turn import Kept, Turn, branch_shares
 from layerdrop_fast.plan import DropPlan
 from layerdrop_fast.schedule import FloatArray
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a forward is given besides the stream, as the layers take it."""
-
-    memory: Tensor | None
-    attend: Attend
-    memory_attend: Attend
-    packed: Packed | None
-    cache: KVCache | None
-    steps: dict[int, Step]  # of every kept branch, numbered through the stack
 
 
 class TransformerStack(LayerDropStack):
@@ -78,7 +66,8 @@ class TransformerStack(LayerDropStack):
     Randomness: the plans are ``draw_plan(rates, ...)`` as in LayerDropStack, for target "branch" with each layer's rate
     once a branch; behind these come the decisions of heads, then those of chunks, layer by layer. A dropout mask is a
     function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0 behind the branch, 1 inside)`` for
-    branch b numbered through the stack, and an element's number in [B, S, D].
+    branch b numbered through the stack, and an element's number in [B, S, D]; inside a branch that runs in chunks, in
+    [B, S, F'] with the kept channels F' alone.
 
     Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
     """
@@ -382,6 +371,13 @@ class TransformerStack(LayerDropStack):
         per_unit = self._branches // self.units_per_layer
         kept = [unit._replace(parts=parts[unit.unit * per_unit : (unit.unit + 1) * per_unit]) for unit in kept]
         return [unit for unit in kept if any(part is None or part.kept for part in unit.parts)]
+
+    def _check(self, x: Tensor, batch: int) -> None:
+        super()._check(x, batch)
+        self.parts.check_depth(len(self.layers))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, target={self.target!r}{self.parts}"
 
     def _shares(self, turn: Turn, batch: int) -> FloatArray:
         return branch_shares(turn.kept, len(self.layers), self._branches, self.units_per_layer, batch)

@@ -135,16 +135,27 @@ def check_linear(weight: Tensor, bias: Tensor | None, like: Tensor, channels: in
 
 
 def check_blocks(blocks: Blocks | None, weight: Tensor, dim: int) -> None:
-    """Blocks of the rows (0) or columns (1) of a weight."""
+    """Blocks of the rows (0) or columns (1) of a weight. Values are looked at on the CPU only."""
     if blocks is None:
         return
+    if not isinstance(blocks, Blocks):
+        raise TypeError(f"blocks: got {type(blocks).__name__}, expected Blocks(kept, size)")
     check_tensor("blocks.kept", blocks.kept, torch.int64)
+    if not isinstance(blocks.size, int) or weight.dim() != 2:
+        raise TypeError(
+            f"blocks: got size {blocks.size!r} for a weight {list(weight.shape)}, expected a whole number and [O, F]"
+        )
     check_device("blocks.kept", blocks.kept, weight)
     if blocks.kept.dim() != 1 or blocks.size < 1 or weight.shape[dim] % blocks.size:
         raise ValueError(
             f"blocks: got {list(blocks.kept.shape)} of size {blocks.size}, expected [k] of a size that divides "
             f"{weight.shape[dim]}, dimension {dim} of weight {list(weight.shape)}"
         )
+    total = weight.shape[dim] // blocks.size
+    if readable(blocks.kept):
+        kept = blocks.kept.tolist()
+        if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < total):
+            raise ValueError(f"blocks.kept: got {kept}, expected ascending numbers from 0 to {total - 1}")
 
 
 def check_vector(name: str, value: Tensor, like: Tensor, channels: int) -> None:

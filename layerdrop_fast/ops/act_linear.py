@@ -61,7 +61,7 @@ def act_linear(
         ValueError: a shape, device, name or number is wrong; on the CPU also row values that are not ascending.
 
     Source: Hendrycks, Gimpel 2016 (GELU); Shazeer 2020 (SwiGLU). The dropout mask is a function of key, site and an
-    element's number in the full [B, ..., F] alone.
+    element's number in the full [B, ..., F] alone; with ``blocks`` F counts theirs.
     """
     _checks.check_tensor("u", u, *_checks.FLOATING)
     _checks.check_rank("u", u, "[K, ..., F]")

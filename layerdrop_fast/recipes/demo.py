@@ -75,6 +75,9 @@ class _Demo:
         self.corpus: Corpus = from_file(options.text) if options.text else standard_library()
         length = ModelSize().context + 1
         self.scored = validation_windows(self.corpus.validation, count=EVALUATION_WINDOWS, length=length)
+        if options.restart:  # only now that nothing is wrong with what is asked for
+            for name in ("metrics.json", *(f"{m}{kind}.safetensors" for m in RECIPES for kind in ("", ".training"))):
+                remove(self.out / name)
         self.metrics = self._earlier_metrics()
 
     def training(self, name: str) -> Training:
@@ -196,9 +199,6 @@ def run_demo(options: Options) -> None:
     if missing:
         raise RecipeError(f"the demo needs {', '.join(missing)}: pip install 'layerdrop_fast[demo]'")
     with StopSignal() as stop, locked(options.out):
-        if options.restart:
-            for name in ("metrics.json", *(f"{m}{kind}.safetensors" for m in RECIPES for kind in ("", ".training"))):
-                remove(options.out / name)
         with reproducible(device_of(options.device)):
             demo = _Demo(options, stop)
             demo.begin()

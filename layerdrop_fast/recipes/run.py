@@ -57,6 +57,7 @@ def trained_in(
         )
     result = {
         "schedule": str(trained.model.stack.schedule),
+        "parts": str(trained.model.stack.parts).removeprefix(", "),
         "scale": training.recipe.scale,
         "sampling": training.recipe.sampling,
         "steps": training.steps,

@@ -78,12 +78,14 @@ def normalise(x: Tensor, norm: Any) -> Tensor:
 
 
 def feed_forward(layer: Any, h: Tensor, key: Tensor | None, site: Tensor, chunks: Tensor | None) -> Tensor:
-    """``linear2(chunks * dropout(activation(linear1(h))))``."""
+    """``linear2(chunks * dropout(activation(linear1(h))))``; the masks are those of the kept channels alone."""
     a, _ = ACTIVATIONS[layer.activation](layer.linear1(h))
-    a = dropout(a, None, layer.activation_dropout, key, site)
-    if chunks is not None:
-        a = a * chunks.repeat_interleave(a.shape[-1] // len(chunks)).to(a.dtype)
-    return layer.linear2(a)  # type: ignore[no-any-return]
+    if chunks is None:
+        return layer.linear2(dropout(a, None, layer.activation_dropout, key, site))  # type: ignore[no-any-return]
+    factors = chunks.repeat_interleave(a.shape[-1] // len(chunks)).to(a.dtype)
+    kept = factors.nonzero()[:, 0]
+    masked = dropout(a[..., kept], None, layer.activation_dropout, key, site)
+    return layer.linear2(factors * torch.zeros_like(a).index_copy(-1, kept, masked))  # type: ignore[no-any-return]
 
 
 def attention(

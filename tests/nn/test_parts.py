@@ -27,7 +27,8 @@ KINDS = {
     "post-norm": {"norm_first": False},
     "layer scale": {"layer_scale": 0.7},
     "recompute": {"recompute": "qkv"},
-    "dropout": {"dropout": 0.3},
+    "dropout": {"dropout": 0.3, "activation_dropout": 0.4},
+    "dropout, swiglu": {"activation": "swiglu", "activation_dropout": 0.4, "scale": "inverse"},
     "inverse": {"scale": "inverse"},
     "bounded": {"max_kept": 1},
 }
