@@ -140,7 +140,7 @@ def predicted_bytes(
             number, first = divmod(unit.unit, stack.units_per_layer)
             layer: Any = stack.layers[number]
             branches = range(layer.num_branches) if stack.units_per_layer == 1 else [first]
-            for branch in (branch for branch in branches if shares[number, branch]):
+            for branch in (branch for branch in branches if shares[number, branch] != 0):
                 # Behind a norm of the same layer and for the same samples, a branch needs no input of its own.
                 enters = branch == branches[0] and (number != entered or stack.granularity == "sample")
                 entered = number
@@ -150,13 +150,14 @@ def predicted_bytes(
     return total
 
 
-def _shares(stack: TransformerStack, plan: DropPlan | None, units: int) -> dict[tuple[int, int], float]:
-    """How much of its heads or chunks each branch of each layer keeps."""
+def _shares(stack: TransformerStack, plan: DropPlan | None, units: int) -> dict[tuple[int, int], float | None]:
+    """How much of its heads or chunks each branch of each layer keeps; None: it runs whole."""
     layers: Any = stack.layers
     every = [(number, branch) for number, layer in enumerate(layers) for branch in range(layer.num_branches)]
     if plan is None or not stack.parts:
-        return dict.fromkeys(every, 1.0)
+        return dict.fromkeys(every)
     parts = stack.parts.kept(layers, plan, units, stack.scale)
     return {
-        place: 1.0 if part is None else len(part.kept) / part.total for place, part in zip(every, parts, strict=True)
+        place: None if part is None or part.is_whole else len(part.kept) / part.total
+        for place, part in zip(every, parts, strict=True)
     }

@@ -20,7 +20,7 @@ def branch_bytes(
     autocast: torch.dtype | None = None,
     memory_tokens: int = 0,
     enters: bool = True,
-    share: float = 1.0,
+    share: float | None = None,
 ) -> int:
     """What one branch of a layer holds for backward: tokens times what a token needs, and what does not depend on them.
 
@@ -31,15 +31,18 @@ def branch_bytes(
 
     Post-norm, a branch that ``enters`` from the stream holds its input as well, one behind a norm of the same layer
     does not. With ``recompute="qkv"`` neither query, key nor value are held; layer scale holds the scaled matrix. Of
-    heads and hidden channels only the ``share`` that runs.
+    heads and hidden channels only the ``share`` that runs; None: all of them. In parts, autocast's matrices are cast in
+    backward once more and not held.
     """
+    in_parts, share = share is not None, 1.0 if share is None else share
+    cast = autocast is not None and not in_parts
     inner, wide = (dtype if autocast is None else autocast).itemsize, accumulator(dtype).itemsize
     attention, width = layer.self_attn, layer.d_model
     total = tokens * (width * dtype.itemsize + wide)
     is_ffn = branch == layer.num_branches - 1
     if enters and not layer.norm_first:
-        total += tokens * width * inner
-        if autocast is not None:  # and its matrix, cast
+        total += tokens * width * (dtype.itemsize if in_parts else inner)
+        if cast:  # and its matrix
             queries = attention.nhead * attention.head_dim
             outputs = layer.linear1.out_features if is_ffn else (len(attention.in_proj_weight), queries)[branch]
             total += outputs * width * inner
@@ -56,13 +59,13 @@ def branch_bytes(
         else:
             held += queries
             total += int(memory_tokens * heads * share) * inner
-            if autocast is not None:  # cast memory, and the cast matrix
+            if cast:  # memory, and the matrix
                 total += (memory_tokens + heads) * width * inner
         total += int(tokens * held * inner * share)
         end = attention.out_proj.weight
-        if autocast is not None:
+        if cast:
             total += end.numel() * inner
-    if getattr(layer, f"layer_scale{branch + 1}") is not None and (is_ffn or autocast is None):
+    if getattr(layer, f"layer_scale{branch + 1}") is not None and (is_ffn or not cast):
         total += end.numel() * end.element_size()
     return total
 

@@ -46,6 +46,11 @@ class Parts(NamedTuple):
     total: int
     scale: float  # the residual scale of what they add
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the branch runs as without parts."""
+        return len(self.kept) == self.total and self.scale == 1
+
 
 class PartBlocks(NamedTuple):
     """Parts as blocks of the weights of their branch."""

@@ -71,7 +71,7 @@ def _add_parts(stack: TransformerStack, turn: Turn, steps: dict[int, Step], devi
             branch = unit.unit * len(unit.parts) + place
             if parts is not None and not parts.kept:
                 del steps[branch]
-            elif parts is not None and (len(parts.kept) < parts.total or parts.scale != 1):
+            elif parts is not None and not parts.is_whole:
                 layer, number = divmod(branch, stack._branches)
                 found.append((branch, (stack.layers[layer], number, parts)))
     if found:

@@ -1,5 +1,6 @@
 """act_linear: activation, dropout and a linear map, saving the activation's input only."""
 
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def act_linear(
             raise ValueError(f"u: got {list(u.shape)}, expected an even number of channels for swiglu")
         channels //= 2
     _checks.check_blocks(blocks, weight, 1)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise TypeError(f"scale: got {scale!r}, expected a finite number")
     _checks.check_linear(weight, bias, u, channels if blocks is None else None)
     if blocks is not None:
         _checks.check_shape("u", u, [*u.shape[:-1], u.shape[-1] // channels * len(blocks.kept) * blocks.size])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerdrop_fast import DropSchedule, TransformerStack, linear
+from layerdrop_fast import DropSchedule, TransformerStack, decreasing, linear, set_step, uniform
 from layerdrop_fast.memory import predicted_bytes, saved_bytes
 from layerdrop_fast.prune import extract, skip_layers
 from layerdrop_fast.reference.transformer_stack import transformer_stack
@@ -222,3 +222,95 @@ def test_compiled_layers_are_refused():
     with pytest.raises(ValueError, match="the layers are compiled, expected them eager"):
         model(tensor(BATCH, LENGTH, WIDTH))
     assert model.counters.forwards == 0
+
+
+@pytest.mark.parametrize("targets", ["heads", "heads and chunks"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("bounded", "cross-attention")])
+def test_saved_bytes_are_those_predicted(kind, autocast, targets):
+    keywords = {
+        "nhead": 4,
+        "ffn_chunks": 4,
+        "schedule": {"head": 0.5, **({"ffn_chunk": 0.5} if "c" in targets else {})},
+    }
+    keywords |= {name: value for name, value in KINDS[kind].items() if name != "nhead"}
+    if "num_kv_heads" in keywords:
+        keywords["num_kv_heads"] = 2
+    model = TransformerStack(3, 64, dim_feedforward=128, **({"dropout": 0.1, "seed": 1} | keywords))
+    x, seen = torch.randn(4, 32, 64, requires_grad=True), set()
+    for _ in range(4):
+        expected = predicted_bytes(model, model.plan(), x.shape, autocast=autocast)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            assert saved_bytes(model, x) == pytest.approx(expected, rel=0.003)
+        seen.add(expected)
+    assert len(seen) > 2
+
+
+def test_statistics_weigh_what_each_branch_has():
+    """All heads dropped in every step: the attention's products and bytes, and half of the branches."""
+    model = parted({"head": 1.0}, 2)
+    whole = parted({"head": 0.0}, 2)
+    x = tensor(BATCH, LENGTH, WIDTH).requires_grad_()
+    model(x), whole(x)
+    stats = model.stats()
+    attention = sum(layer.self_attn.in_proj_weight.numel() + WIDTH**2 for layer in model.layers)
+    assert stats.flops_skipped == 6 * BATCH * LENGTH * attention
+    assert stats.realized_rates.tolist() == [0.5, 0.5]
+    assert (stats.layers_run, stats.layers_skipped) == (2, 0)
+    difference = saved_bytes(whole, x) - saved_bytes(model, x)
+    assert stats.bytes_saved == pytest.approx(difference, rel=0.01)
+
+
+def test_statistics_of_branches_with_parts():
+    model = parted({"branch": 0.5, "ffn_chunk": 0.4}, 3, seed=5)
+    x, expected = tensor(BATCH, LENGTH, WIDTH), 0.0
+    matrices = model.layers[0].linear1.weight.numel() + model.layers[0].linear2.weight.numel()
+    for _ in range(5):
+        plan = model.plan()
+        parts = model.parts.kept(model.layers, plan, 6, "none")
+        for unit in range(6):
+            kept = bool(plan.keep[unit])
+            share = kept * (1.0 if parts[unit] is None else len(parts[unit].kept) / parts[unit].total)
+            expected += (1 - share) * (matrices if unit % 2 else 4 * WIDTH**2)
+        model(x)
+    assert model.stats().flops_skipped == pytest.approx(6 * BATCH * LENGTH * expected)
+
+
+def test_rates_of_parts_have_their_time_multipliers():
+    times = {"layer": 0.0, "head": DropSchedule(4, uniform(0.6), decreasing(11)), "ffn_chunk": 0.2}
+    model = parted(times, scale="inverse", seed=3)
+    assert model.rates(5)[4:20].tolist() == pytest.approx([0.3] * 16)
+    set_step(model, 5)
+    (part, *_) = (part for part in model.parts.kept(model.layers, model.plan(), 4, "inverse") if part.total == 4)
+    assert part.scale == pytest.approx(1 / 0.7)
+    x = tensor(BATCH, LENGTH, WIDTH).requires_grad_()
+    masks = masks_of(model, model.plan())
+    assert_same(results(model, model, x), results(reference(model, **masks), model, x))
+    small = extract(model, [0, 2])
+    assert small.rates(5)[2:10].tolist() == pytest.approx([0.3] * 8)
+
+
+def test_masks_of_memory_go_with_their_heads():
+    model = parted({"head": 0.5}, num_kv_heads=2, cross_attention=True)
+    x, memory = tensor(BATCH, LENGTH, WIDTH).requires_grad_(), tensor(BATCH, SOURCE, WIDTH, seed=2)
+    added = tensor(BATCH, 4, LENGTH, SOURCE, seed=5)
+    for _ in range(3):
+        masks = masks_of(model, model.plan())
+        wanted = results(lambda x: reference(model, memory_added=added, **masks)(x, memory), model, x)  # noqa: B023
+        assert_same(results(lambda x: model(x, memory, memory_mask=added), model, x), wanted)
+
+
+def test_a_list_of_layers_that_was_changed_is_named():
+    model = parted({"head": 0.5})
+    model.layers = model.layers[:2]
+    model.schedule = DropSchedule.of(0.0, 2)
+    model.reset_stats()
+    with pytest.raises(ValueError, match=r"has 2 layers and a schedule of head for 4: set \.parts"):
+        model(tensor(BATCH, LENGTH, WIDTH))
+
+
+def test_what_is_dropped_is_told():
+    model = parted({"branch": 0.1, "head": 0.5, "ffn_chunk": 0.25})
+    for told in ("target='branch'", "uniform(p=0.1)", "head: DropSchedule", "uniform(p=0.5)", "ffn_chunks=5"):
+        assert told in repr(model), told
+    assert "head" not in repr(parted({"layer": 0.1}))
