@@ -42,8 +42,10 @@ class Attend(NamedTuple):
             mask = self.read(mask, rows)
         return self._replace(mask=mask, rotary=rotary)
 
-    def of_heads(self, parts: PartBlocks | None) -> Attend:
-        """For some of the heads alone."""
+    def of_heads(self, parts: PartBlocks | None, heads: int) -> Attend:
+        """For some of a layer's heads alone."""
+        if self.mask is not None and self.mask.shape[1] not in (1, heads):
+            raise ValueError(f"a mask of {self.mask.shape[1]} heads for a layer of {heads}: expected one for all heads")
         if parts is None or self.mask is None or self.mask.shape[1] == 1:
             return self
         return self._replace(mask=self.mask.index_select(1, parts.outer.kept))
@@ -170,7 +172,7 @@ class Attention(nn.Module):
             kept heads' channels
         """
         groups, blocks = self._groups(parts), None if parts is None else parts.inner[0]
-        attend = attend.of_heads(parts)
+        attend = attend.of_heads(parts, self.nhead)
 
         def project(h: Tensor, *weights: Tensor | None) -> Tensor:
             heads = _linear(h, *weights, blocks=blocks).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type, misc]
@@ -209,7 +211,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Cross-attention to ``memory`` [B, T, D], of which the samples ``rows`` are read; as ``attend_to_itself``."""
         query, key_value = (None, None) if parts is None else parts.inner
-        attend = attend.of_heads(parts)
+        attend = attend.of_heads(parts, self.nhead)
         width = self.nhead * self.head_dim
         weights = self.in_proj_weight.split((width, self.in_proj_weight.shape[0] - width))
         biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split([len(w) for w in weights])

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.parts import Parts, indices_of
@@ -35,7 +36,8 @@ def prune_heads(model: Model, keep: KeptParts, *, stack: str | None = None) -> M
         stack: the name of the TransformerStack; None: the only one.
 
     Raises:
-        ValueError: heads or a layer that do not exist, unsorted or repeated; no single TransformerStack.
+        ValueError: heads or a layer that do not exist, unsorted or repeated; no single TransformerStack; layers that
+            share weights. TypeError: parametrized weights, or no list of numbers.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), figure 4 left; Michel, Levy, Neubig 2019 (arXiv 1905.10650).
     """
@@ -70,8 +72,16 @@ def _pruned(model: Model, keep: KeptParts, kind: str, num_chunks: int, name: str
     smaller = copy.deepcopy(model)
     stack = smaller.get_submodule(name)
     assert isinstance(stack, TransformerStack)
+    cut: dict[int, Parts] = {}  # a layer may stand at several places
     for number, part in parts.items():
-        _cut(stack.layers[number], kind, part)
+        layer = stack.layers[number]
+        if id(layer) not in cut:
+            _cut(layer, kind, part)
+        elif cut[id(layer)] != part:
+            raise ValueError(
+                f"layer {number} stands elsewhere too, where {cut[id(layer)].kept} are kept: got {part.kept}"
+            )
+        cut[id(layer)] = part
     stack.parts = stack.parts.without(kind)
     stack.reset_stats()
     return smaller
@@ -83,6 +93,15 @@ def _checked(layers: Any, number: int, kept: Sequence[int], kind: str, num_chunk
         raise ValueError(f"layer {number}: expected 0 to {len(layers) - 1}")
     layer: TransformerLayer = layers[number]
     total = num_chunks if kind == "ffn_chunk" else layer.self_attn.num_kv_heads
+    for name, module in layer.named_modules():
+        if parametrize.is_parametrized(module):
+            raise TypeError(f"layer {number}: {name} is parametrized, expected plain weights: remove_parametrizations")
+    for name, weight in layer.named_parameters():
+        others = [i for i, other in enumerate(layers) if other is not layer and _holds(other, weight)]
+        if others:
+            raise ValueError(f"layer {number} shares {name} with layer {others[0]}, expected weights of its own")
+    if not isinstance(kept, Sequence):
+        raise TypeError(f"{kind}s to keep of layer {number}: got {type(kept).__name__}, expected a list of numbers")
     if kind == "ffn_chunk" and layer.dim_feedforward % num_chunks:
         raise ValueError(f"num_chunks is {num_chunks}, expected a divisor of {layer.dim_feedforward} in layer {number}")
     indices = [check_count(index, f"{kind} to keep", 0) for index in kept]
@@ -91,6 +110,10 @@ def _checked(layers: Any, number: int, kept: Sequence[int], kind: str, num_chunk
             f"{kind}s to keep of layer {number} are {indices}, expected at least one of 0 to {total - 1}, ascending"
         )
     return indices, total
+
+
+def _holds(layer: nn.Module, weight: Tensor) -> bool:
+    return any(parameter is weight for parameter in layer.parameters())
 
 
 def _cut(layer: Any, kind: str, parts: Parts) -> None:

@@ -100,6 +100,51 @@ def test_pruned_layers_are_no_torch_layers():
     assert isinstance(small.layers[0], TransformerLayer)
 
 
+def test_a_layer_that_stands_twice_is_cut_once():
+    stack = made("plain")
+    stack.layers[1] = stack.layers[0]
+    small = prune_heads(stack, [1, 3])
+    assert small.layers[0] is small.layers[1]
+    assert small.layers[0].self_attn.nhead == 2
+    parts = {layer: [0.0, 1.0, 0.0, 1.0] for layer in range(3)}
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(small(x), expected(stack, x, None, parts, {}), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"layer 1 stands elsewhere too, where \[0\] are kept: got \[1\]"):
+        prune_heads(stack, {0: [0], 1: [1]})
+
+
+def test_weights_that_are_shared_or_computed_are_named():
+    stack = made("plain")
+    stack.layers[2].linear1.weight = stack.layers[0].linear1.weight
+    with pytest.raises(ValueError, match=r"layer 0 shares linear1.weight with layer 2"):
+        prune_ffn_chunks(stack, [0])
+    stack = made("plain")
+    torch.nn.utils.parametrizations.weight_norm(stack.layers[1].linear2)
+    with pytest.raises(TypeError, match="layer 1: linear2 is parametrized"):
+        prune_ffn_chunks(stack, [0])
+
+
+@pytest.mark.parametrize("keep", [3, {0: None}])
+def test_what_is_no_list_is_named(keep):
+    with pytest.raises(TypeError, match="heads to keep of layer 0: got .*, expected a list of numbers"):
+        prune_heads(made("plain"), keep)
+
+
+def test_masks_of_single_heads_fit_every_layer():
+    stack = prune_heads(made("plain"), {1: [0, 1]})
+    x, mask = torch.randn(2, 5, 16, dtype=torch.float64), torch.zeros(1, 4, 5, 5, dtype=torch.float64)
+    assert stack(x, attn_mask=mask[:, :1]).isfinite().all()
+    with pytest.raises(ValueError, match="a mask of 4 heads for a layer of 2: expected one for all heads"):
+        stack(x, attn_mask=mask)
+
+
+def test_statistics_begin_anew():
+    stack = made("plain").train()
+    stack(torch.randn(2, 5, 16, dtype=torch.float64))
+    assert prune_ffn_chunks(stack, [0]).stats().forwards == 0
+    assert stack.stats().forwards == 1
+
+
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
