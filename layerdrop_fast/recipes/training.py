@@ -219,7 +219,7 @@ class _State:
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate_at(step)
         if training.size.dropout or training.size.attention_dropout:
-            torch.manual_seed(training.seed << 32 | step)
+            torch.manual_seed((training.seed << 32 | step) % (1 << 63))
         self.optimizer.zero_grad()
         total = kept = 0.0
         for tokens in torch.from_numpy(window).to(self.device).chunk(training.accumulation):

@@ -93,9 +93,29 @@ def test_every_kind_of_training_goes_on_with_the_same_bits(tmp_path, training):
 
 
 def test_microbatches_make_the_step_of_one_batch():
-    one, several = (train(short(DENSE, batch=batch, accumulation=12 // batch), TEXT) for batch in (12, 4))
+    alike = {"optimizer": "nag", "learning_rate": 0.05, "clip": 1e9}  # AdamW and clipping hide a gradient's size
+    one, several = (train(short(DENSE, batch=batch, accumulation=12 // batch, **alike), TEXT) for batch in (12, 4))
     assert [bits for _, bits, _ in several.curve] == pytest.approx([bits for _, bits, _ in one.curve], rel=1e-4)
     assert several.layers_run == one.layers_run == 48
+
+
+def test_the_optimizer_is_the_one_that_is_named():
+    training = short(optimizer="nag", learning_rate=0.5, momentum=0.99)
+    optimizer = module._optimizer(training.model(), None, training)
+    assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.5, 0.99, True, 0)
+    assert len(group["params"]) == len(list(training.model().parameters()))
+
+
+def test_a_recipe_names_what_it_drops():
+    recipe = Recipe(uniform(0.2), target="branch", heads=0.3, chunks=0.4)
+    assert {name: getattr(rate, "depth", rate) for name, rate in recipe.schedule(4, 10).items()} == {
+        "branch": uniform(0.2),
+        "head": 0.3,
+        "ffn_chunk": 0.4,
+    }
+    assert Recipe(linear(0.6)).schedule(4, 10).depth == linear(0.6)
 
 
 def test_a_run_killed_in_a_step_goes_on_from_the_last_whole_one(tmp_path, monkeypatch, every_step_saved):
