@@ -22,8 +22,8 @@ Seen = dict[int, tuple[Tensor, int, Hashable]]
 def fingerprint(tree: Any, seen: Seen | None = None) -> Hashable:
     """Of every tensor, array and plain value in nested tuples, lists and dicts.
 
-    Of two tensors that differ the fingerprints are equal with a probability of 2**-32. Of other objects only the type
-    counts, as theirs may be made anew for each call.
+    Of two tensors that differ the fingerprints are equal with a probability of 2**-32. Of a DTensor this rank's part
+    counts, of other objects only the type, as they may be made anew for each call.
 
     Args:
         seen: tensors whose fingerprints are known, by id; those that are looked at are added. None: none.
@@ -42,7 +42,7 @@ def of_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype};".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = _local(parameter.detach()).reshape(-1)
         if flat.numel() and not flat.is_meta:
             places = torch.linspace(0, flat.numel() - 1, min(flat.numel(), PER_TENSOR), dtype=torch.float64)
             sample = flat[places.round().long().to(flat.device)].cpu()
@@ -69,7 +69,7 @@ def _of_tensor(x: Tensor) -> Hashable:
     kind = (tuple(x.shape), x.dtype, x.layout, x.device)
     if x.layout is not torch.strided or x.is_meta or x.is_quantized:
         return kind
-    raw = x.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    raw = _local(x.detach()).resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
     if raw.numel() % 4 or raw.storage_offset() % 4:
         padded = raw.new_zeros(-(-raw.numel() // 4) * 4)
         padded[: raw.numel()] = raw
@@ -77,6 +77,11 @@ def _of_tensor(x: Tensor) -> Hashable:
     # The product of a difference of words, below 2**32, and a random number of 64 bits is no multiple of 2**64.
     sums = [(part.long() * _numbers(x.device)[: part.numel()]).sum() for part in raw.view(torch.int32).split(CHUNK)]
     return *kind, *(torch.stack(sums).tolist() if sums else [])
+
+
+def _local(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 @lru_cache

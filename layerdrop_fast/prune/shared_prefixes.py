@@ -19,7 +19,7 @@ from layerdrop_fast.prune.skip_layers import skip_layers
 
 Evaluate: TypeAlias = Callable[[nn.Module], float]
 Forward: TypeAlias = Callable[..., Any]
-ROUNDING = 1e-4  # relative, of a score with shared prefixes
+ROUNDING = 1e-4  # of a score with shared prefixes, or of the largest one
 ROUNDING_OF_HALVES = 1e-2  # where states or branches are bfloat16 or float16
 CHECKS_GROW_BY = 8
 
@@ -69,7 +69,7 @@ class SharedPrefixes:
         self._input_bytes = 0  # of x, of all calls
         self._all_inputs_known = False
         self._evaluations, self._next_check = 0, 1
-        self._rounding = ROUNDING
+        self._rounding, self._largest = ROUNDING, 0.0  # of scores
         self._seen: Seen = {}  # arguments of this call of the model
         self._before: Held | None = None  # of the layer that ran before, in this call
         self.forget_states()
@@ -94,7 +94,6 @@ class SharedPrefixes:
                 with self._watched():
                     value = float(self.evaluate(self.model))
                 self._check_calls()
-                self._check_held()
                 self._check_score(keep, value)
         except BaseException:
             self.forget_states()  # of some calls only
@@ -271,22 +270,17 @@ class SharedPrefixes:
                 "each, or share_prefixes=False"
             )
 
-    def _check_held(self) -> None:
-        for outputs in self._outputs.values():
-            for held in outputs:
-                self._check_unwritten(held)
-
     def _check_score(self, keep: tuple[int, ...], value: float) -> None:
         """Now and then, and where a layer's NaN may have been read: the score with every layer is the same."""
         self._evaluations += 1
+        self._largest = max(self._largest, abs(value)) if math.isfinite(value) else self._largest
         due = self._evaluations >= self._next_check and (self._start > 0 or self._evaluations == 1)
         if not due and not (math.isnan(value) and self._start > 1):
             return
-        if due:
-            self._next_check = 2 if self._evaluations == 1 else self._evaluations * CHECKS_GROW_BY
+        self._next_check = 2 if self._evaluations == 1 else self._evaluations * CHECKS_GROW_BY
         with self._eager():
             alone = float(self.evaluate(self.model))
-        same = math.isclose(value, alone, rel_tol=self._rounding, abs_tol=1e-6)
+        same = math.isclose(value, alone, rel_tol=self._rounding, abs_tol=self._rounding * self._largest)
         if not same and not (math.isnan(value) and math.isnan(alone)):
             raise ValueError(
                 f"the layers {list(keep)} of {self.name!r} score {value:.6g} with shared prefixes and {alone:.6g} with "

@@ -492,6 +492,10 @@ def test_the_columns_of_a_table_are_as_wide_as_their_widest_cell():
         "          2  123.2500      2.0000  2 3\n"
         "every other    2.0000      3.0000  1 2"
     )
+    ranked = [Scored([0], 1.5, 2.5)]
+    assert SearchResult(ranked, Scored([1], 2.0, 3.0), 0, 0).table() == (
+        "       rank   value  held out  layers\n          1  1.5000    2.5000  0\nevery other  2.0000    3.0000  1"
+    )
     assert SearchResult([Scored([0], 1.5)], Scored([1], 2.0), 0, 0).table().splitlines()[0].split() == [
         "rank",
         "value",

@@ -116,6 +116,13 @@ def test_models_that_scale_by_their_depth(method):
         assert row.value == pytest.approx(evaluate(extract(model, {"layers": row.keep})), rel=1e-6)
 
 
+def test_states_are_not_shared_with_subsets_of_another_size():
+    model = Loop(lambda model, x, place: x / len(model.layers))
+    prefixes = SharedPrefixes(model, "layers", evaluate, 1 << 20)
+    for keep in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 2, 4), (0, 1)):
+        assert prefixes(keep) == pytest.approx(evaluate(extract(model, {"layers": keep})), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["number", "tensor", "keyword", "nested"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_other_arguments_of_layers_that_do_not_run_are_refused(kind, place):
@@ -315,6 +322,9 @@ def test_fingerprints_know_signs_order_and_where_a_tensor_begins():
     assert fingerprint(x) != fingerprint(-x)
     assert fingerprint(x) != fingerprint(x.flip(0))
     assert fingerprint(x) != fingerprint(torch.cat([x[1 << 17 :], x[: 1 << 17]]))
+    last = x.clone()
+    last[-1] += 1
+    assert fingerprint(x) != fingerprint(last)
     small = torch.arange(9, dtype=torch.uint8)
     assert fingerprint(small[1:]) == fingerprint(small[1:].clone())
     assert fingerprint(small.view(3, 3).t()) == fingerprint(small.view(3, 3).t().contiguous())
@@ -334,3 +344,21 @@ def test_fingerprints_of_weights():
     assert of_weights(first) == of_weights(again) != of_weights(other)
     again.last.weight.data[0, -1] += 1e-3
     assert of_weights(first) != of_weights(again)
+
+
+def test_fingerprints_of_distributed_tensors_are_of_this_ranks_part():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        first, other = nn.Linear(3, 2), nn.Linear(3, 2)
+        for model in (first, other):
+            torch.distributed.tensor.distribute_module(model, mesh)
+        assert of_weights(first) == of_weights(first) != of_weights(other)
+        assert fingerprint(first.weight) == fingerprint(first.weight.clone()) != fingerprint(other.weight)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_small_scores_are_checked_too():
+    with pytest.raises(ValueError, match="with every layer run"):
+        search(Loop(summing_numbers), lambda model: 1e-9 * evaluate(model), kept=4, layers="layers")
