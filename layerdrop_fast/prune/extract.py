@@ -29,8 +29,8 @@ def extract(model: Model, keep: Keep) -> Model:
             LayerDropModuleList.
 
     Raises:
-        ValueError: indices out of range, unsorted or repeated; a name that is no list of layers; no single list where
-            no name is given.
+        ValueError: indices out of range, unsorted or repeated; a name that is no list of layers; one list under two
+            names, or a list within another one; no single list where no name is given.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3.
     """

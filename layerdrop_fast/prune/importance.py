@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def layer_importance(
         samples: sub-networks a layer, all different; fewer where there are not as many.
 
     Raises:
-        ValueError, TypeError: as ``search``.
+        ValueError, TypeError: as ``search``; a value that is infinite or no number, which has no place in a mean.
 
     Randomness: the sub-networks without layer l come from numpy's PCG64 with ``[seed, l]``.
 
@@ -89,6 +90,9 @@ def layer_importance(
         for layer in range(depth)
     ]
     found = scores.of((subset for subsets in drawn for subset in subsets), "importance")
+    for subset, value in found.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the layers {list(subset)} of {name!r} score {value}, expected a finite number")
     values = np.full((depth, samples), np.nan)
     for layer, subsets in enumerate(drawn):
         values[layer, : len(subsets)] = [found[subset] for subset in subsets]

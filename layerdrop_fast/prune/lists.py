@@ -24,8 +24,9 @@ def checked_keep(model: nn.Module, keep: Keep) -> dict[str, list[int]]:
         ValueError: as ``extract``.
     """
     by_name = keep if isinstance(keep, Mapping) else {only_list(model): keep}
-    by_name = {stack_of(model, name): indices for name, indices in by_name.items()}
-    return {name: _checked(name, indices, layers_of(model, name)) for name, indices in by_name.items()}
+    lists = {name: layers_of(model, name) for name in by_name}
+    _check_apart(lists)
+    return {stack_of(model, name): _checked(name, indices, lists[name]) for name, indices in by_name.items()}
 
 
 def only_list(model: nn.Module) -> str:
@@ -72,6 +73,15 @@ def cut(module: nn.Module, keep: Sequence[int]) -> None:
         layers = every_layer(module)
         # A dict of its own: where the list is to be as it was before, the old one is put back.
         module._modules = {str(number): layers[index] for number, index in enumerate(keep)}
+
+
+def _check_apart(lists: Mapping[str, nn.ModuleList]) -> None:
+    """No list stands under two names, or within another one, whose layers would be others when it is cut."""
+    for name, layers in lists.items():
+        for other, within in lists.items():
+            if other != name and any(module is layers for module in within.modules()):
+                how = "are the same list" if within is layers else "are a list and one of its layers' own"
+                raise ValueError(f"{other!r} and {name!r} {how} of layers, expected lists apart from each other")
 
 
 def _checked(name: str, keep: Sequence[int], layers: nn.ModuleList) -> list[int]:

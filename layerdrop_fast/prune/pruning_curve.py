@@ -12,7 +12,7 @@ from layerdrop_fast._checks import check_count
 from layerdrop_fast.prune.every_other import every_other
 from layerdrop_fast.prune.lists import layers_of, only_list, stack_of
 from layerdrop_fast.prune.shared_prefixes import Evaluate
-from layerdrop_fast.prune.skip_layers import skip_layers
+from layerdrop_fast.prune.skip_layers import same_modes, skip_layers
 
 
 class Strategy(Protocol):
@@ -44,7 +44,8 @@ def pruning_curve(
         {depth: number}, in the order of ``depths``.
 
     Raises:
-        ValueError: a depth that the model does not have; a strategy that keeps other layers than it has.
+        ValueError: a depth that the model does not have; a strategy that keeps other layers than it has, or another
+            number of them.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), figure 2.
     """
@@ -54,9 +55,13 @@ def pruning_curve(
     for depth in wanted:
         if not 1 <= check_count(depth, "depth", 1) <= full:
             raise ValueError(f"depth is {depth}, expected 1 to {full}, the layers of {name!r}")
+    keeps = {depth: list(strategy(full, kept=depth)) for depth in wanted}
+    for depth, keep in keeps.items():
+        if len(keep) != depth:
+            raise ValueError(f"the strategy keeps {keep}, expected {depth} of {full} layers")
     curve: dict[int, float] = {}
     for depth in wanted:
-        with torch.no_grad(), skip_layers(model, {name: strategy(full, kept=depth)}):
+        with torch.no_grad(), same_modes(model), skip_layers(model, {name: keeps[depth]}):
             curve[depth] = float(evaluate(model))
         if on_depth is not None:
             on_depth(depth, curve[depth])

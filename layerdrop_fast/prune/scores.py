@@ -8,33 +8,36 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from layerdrop_fast._files import replace_atomically
 from layerdrop_fast._progress import stage
+from layerdrop_fast.prune.fingerprints import of_weights
+from layerdrop_fast.prune.lists import layers_of
 from layerdrop_fast.prune.shared_prefixes import Evaluate, SharedPrefixes
-from layerdrop_fast.prune.skip_layers import skip_layers
+from layerdrop_fast.prune.skip_layers import same_modes, skip_layers
 
 Subset: TypeAlias = tuple[int, ...]
 SECONDS_BETWEEN_SAVES = 10.0
-SAME_SCORE = 1e-4  # relative; the order of sums may differ from run to run
+SAME_SCORE = 1e-4  # of the score, or of the largest one; the order of sums may differ from run to run
 
 
 class Scores:
-    """Evaluates subsets of layers, and remembers.
+    """Evaluates subsets of layers, and remembers. The model is left in the mode it was in.
 
     Args:
         model, name: the model and its list of layers.
         evaluate: called with the model at a smaller depth; returns a number, lower is better.
         share_prefixes, max_bytes: see ``search``.
-        resume: a JSON file that holds what is known; None: nothing is kept.
+        resume: a JSON file that holds what is known, of one process; None: nothing is kept.
+        kind: what the file calls these scores, beside which it may hold others.
         progress: show how far it is.
 
     Raises:
-        ValueError: a file of another model or another ``evaluate``: it is as it was. OSError: it cannot be read or
+        ValueError: a file of another list, depth, model or ``evaluate``: it is as it was. OSError: it cannot be read or
             written.
     """
 
@@ -47,15 +50,19 @@ class Scores:
         share_prefixes: bool = True,
         max_bytes: int = 1 << 30,
         resume: Path | None = None,
+        kind: str = "scores",
         progress: bool = False,
     ) -> None:
         self.model, self.name, self.evaluate = model, name, evaluate
         self.prefixes = SharedPrefixes(model, name, evaluate, max_bytes) if share_prefixes else None
-        self.resume, self.progress = resume, progress
+        self.resume, self.kind, self.progress = resume, kind, progress
         self.layers_asked = 0  # layers of all candidates
         self._known: dict[Subset, float] = {}
-        if resume is not None and resume.exists():
-            self._known = self._read(resume)
+        self._content: dict[str, Any] = {}  # of the file
+        if resume is not None:
+            self._content = {"list": name, "depth": len(layers_of(model, name)), "weights": of_weights(model)}
+            if resume.exists():
+                self._read(resume)
 
     @property
     def layers_run(self) -> int:
@@ -81,29 +88,50 @@ class Scores:
                 self._save()
         return {subset: self._known[subset] for subset in wanted}
 
+    def forget_states(self) -> None:
+        """Frees the hidden states that are held for the next subset."""
+        if self.prefixes is not None:
+            self.prefixes.forget_states()
+
     def _score(self, subset: Subset) -> float:
         self.layers_asked += len(subset)
-        if self.prefixes is not None:
-            return self.prefixes(subset)
-        with torch.no_grad(), skip_layers(self.model, {self.name: subset}):
-            return float(self.evaluate(self.model))
+        with same_modes(self.model):
+            if self.prefixes is not None:
+                return self.prefixes(subset)
+            with torch.no_grad(), skip_layers(self.model, {self.name: subset}):
+                return float(self.evaluate(self.model))
 
     def _save(self) -> None:
         if self.resume is not None:
-            scores = [[list(subset), value] for subset, value in self._known.items()]
-            replace_atomically(self.resume, json.dumps({"list": self.name, "scores": scores}).encode())
+            self._content[self.kind] = [[list(subset), value] for subset, value in self._known.items()]
+            replace_atomically(self.resume, json.dumps(self._content).encode())
 
-    def _read(self, path: Path) -> dict[Subset, float]:
+    def _read(self, path: Path) -> None:
         try:
             content = json.loads(path.read_text())
-            known = {tuple(map(int, subset)): float(value) for subset, value in content["scores"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no scores of a search ({error}): move it away") from error
-        for subset, value in list(known.items())[:1]:
-            now = self._score(subset)
-            if not math.isclose(now, value, rel_tol=SAME_SCORE) and not (math.isnan(now) and math.isnan(value)):
+            found = {key: content[key] for key in self._content}
+            known = {tuple(map(int, subset)): float(value) for subset, value in content.get(self.kind, [])}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no scores of a search ({error!r}): move it away") from error
+        for key, expected in self._content.items():
+            if found[key] != expected:
                 raise ValueError(
-                    f"{path} holds {value:.6g} for the layers {list(subset)}, got {now:.6g}: it is of another model or "
-                    "another evaluate; move it away, or give another file"
+                    f"{path} holds scores of another model: {key} is {found[key]!r}, expected {expected!r}; move it "
+                    "away, or give another file"
                 )
-        return known
+        self._check(path, known)
+        self._known, self._content = known, content
+
+    def _check(self, path: Path, known: dict[Subset, float]) -> None:
+        """The first, the middle and the last score are what they are now."""
+        subsets = list(known)
+        largest = max((abs(value) for value in known.values() if math.isfinite(value)), default=0.0)
+        for place in sorted({0, len(subsets) // 2, len(subsets) - 1} if subsets else ()):
+            subset, value = subsets[place], known[subsets[place]]
+            now = self._score(subset)
+            same = math.isclose(now, value, rel_tol=SAME_SCORE, abs_tol=SAME_SCORE * largest)
+            if not same and not (math.isnan(now) and math.isnan(value)):
+                raise ValueError(
+                    f"{path} holds {value:.6g} for the layers {list(subset)} ({self.kind}), got {now:.6g}: it is of "
+                    "another model or another evaluate; move it away, or give another file"
+                )

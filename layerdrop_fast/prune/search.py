@@ -38,7 +38,7 @@ class SearchResult:
     Attributes:
         ranked: the candidates, the best first. Of "greedy" and "beam" those of the last round.
         every_other: the Every Other strategy, for comparison.
-        layers_run: layers that ran, counted once an evaluation.
+        layers_run: layers that ran, counted once an evaluation; without those of checks.
         layers_asked: as many as would without shared prefixes.
     """
 
@@ -85,7 +85,8 @@ def search(
     """Which ``kept`` layers of a trained model are best, by a number that evaluating gives.
 
     Candidates are evaluated without copying a weight. A layer's output depends on the layers kept before it only, so
-    candidates are taken in ascending order and each starts from the hidden states that it shares with the one before:
+    candidates are taken in ascending order and each starts from the hidden states that it shares with the one before,
+    if that has as many layers:
     of n layers to k, exhaustive, ``C(n + 1, k) - 1`` layers run, one for each distinct prefix, where candidates have
     ``k * C(n, k)`` (24,309 of 102,960 for 8 of 16).
 
@@ -96,25 +97,28 @@ def search(
     Choosing the best of many candidates fits the validation set: ``held_out`` says by how much.
 
     Args:
-        model: a module that is or holds a list of layers, as for ``extract``; it is left as it is.
+        model: a module that is or holds a list of layers, as for ``extract``; it is left as it is, and in the mode it
+            was in.
         evaluate: called with the model at the smaller depth, under ``torch.no_grad()``; returns a number, lower is
-            better. It calls the model with the same inputs in the same order each time.
+            better. It calls the model with the same inputs in the same order each time. A list's layers, and what
+            holds them, run uncompiled then; a stack's may be compiled.
         kept: how many layers to keep, 1 to L.
         method: "exhaustive", all subsets; "greedy", from all layers on always without the one that is missed least;
             "beam", the same from the ``width`` best; "random", ``trials`` subsets.
         layers: the name of the list of layers; None: the only one.
         held_out: a second number, of other data, for the ``top`` best and for Every Other.
         seed: of "random".
-        share_prefixes: False runs every layer of every candidate: for layers that pass on more than x, or that write
-            into it.
-        max_bytes: of hidden states that are held for the next candidates, at most.
-        resume: a file that keeps all scores, so that the same call goes on where an earlier one stopped, however that
-            ended.
+        share_prefixes: False runs every layer of every candidate: for layers that pass on more than x, that write into
+            it, or that stand in a model which reads states between them. A few candidates are evaluated both ways, and
+            must score the same (1e-4, or 1e-2 with bfloat16 or float16).
+        max_bytes: of hidden states that are held for the next candidates, at most. Of inputs only fingerprints are.
+        resume: a file that keeps all scores, of ``held_out`` too, so that the same call goes on where an earlier one
+            stopped, however that ended. Of several ranks each needs its own.
         progress: show how far it is.
 
     Raises:
-        ValueError: a value out of range; more than a million subsets; inputs that change; a ``resume`` file of another
-            model or ``evaluate``. TypeError: a value of another kind.
+        ValueError: a value out of range; more than a million subsets; inputs that change; scores that shared prefixes
+            change; a ``resume`` file of another model or ``evaluate``. TypeError: a value of another kind.
 
     Randomness: "random" draws from numpy's PCG64 with ``seed``.
 
@@ -130,6 +134,7 @@ def search(
     given: dict[str, Any] = {
         "share_prefixes": share_prefixes,
         "max_bytes": check_count(max_bytes, "max_bytes", 0),
+        "resume": None if resume is None else Path(resume),
         "progress": progress,
     }
     if method == "exhaustive" and math.comb(depth, kept) > MOST_SUBSETS:
@@ -137,7 +142,7 @@ def search(
             f"{kept} of {depth} layers are {math.comb(depth, kept):,} subsets, expected at most {MOST_SUBSETS:,} for "
             '"exhaustive": choose "greedy", "beam" or "random"'
         )
-    scores = Scores(model, name, evaluate, resume=None if resume is None else Path(resume), **given)
+    scores = Scores(model, name, evaluate, **given)
     baseline = tuple(every_other(depth, kept=kept))
     if method == "exhaustive":
         found = scores.of(combinations(range(depth), kept), f"{kept} of {depth}")
@@ -147,7 +152,11 @@ def search(
         found = _eliminate(scores, depth, kept, width if method == "beam" else 1)
     best = sorted(found, key=lambda subset: _order(found[subset], subset))
     value = scores.of([baseline], "every other")[baseline]
-    others = Scores(model, name, held_out, **given).of([*best[:top], baseline], "held out") if held_out else {}
+    scores.forget_states()
+    others: dict[Subset, float] = {}
+    if held_out is not None:
+        judge = Scores(model, name, held_out, kind="held_out", **given)
+        others = judge.of([*best[:top], baseline], "held out")
     return SearchResult(
         [Scored(list(subset), found[subset], others.get(subset)) for subset in best],
         Scored(list(baseline), value, others.get(baseline)),

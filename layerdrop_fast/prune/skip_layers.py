@@ -21,7 +21,8 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
     """Within the block, ``model`` has only the layers in ``keep``; behind it, however that ends, all of them.
 
     What ``extract`` gives without copying a weight: the same layers, renumbered from 0. An optimizer, a state dict and
-    ``parameters()`` within the block see these layers only. A step that is taken within the block trains them.
+    ``parameters()`` within the block see these layers only. A step that is taken within the block trains them. Where
+    ``train()`` or ``eval()`` within the block change the mode of a list, its other layers follow behind it.
 
         with skip_layers(model, every_other(16, kept=8)) as smaller:
             loss = evaluate(smaller)
@@ -36,7 +37,7 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
     """
     wanted = checked_keep(model, keep)
     lists = [layers_of(model, name) for name in wanted]
-    before = [(vars(layers), layers._modules) for layers in lists]
+    before = [(layers, layers._modules, layers.training) for layers in lists]
     stacks = [vars(stack) for stack in map(model.get_submodule, wanted) if isinstance(stack, LayerDropStack)]
     states = [{name: stack[name] for name in STATE if name in stack} for stack in stacks]
     try:
@@ -44,10 +45,25 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
             cut(model.get_submodule(name), indices)
         yield model
     finally:
-        for attributes, modules in before:
-            attributes["_modules"] = modules
+        for layers, modules, training in before:
+            left = set(layers.children())
+            vars(layers)["_modules"] = modules
+            if layers.training != training:
+                for layer in set(layers.children()) - left:
+                    layer.train(layers.training)
         for stack, state in zip(stacks, states, strict=True):
             stack.update(state)
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Behind the block, each module is in training or evaluation mode as it was before."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

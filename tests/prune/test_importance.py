@@ -64,3 +64,39 @@ def test_samples_are_different_and_follow_the_seed():
 def test_errors_name_both_sides(kept, samples, message):
     with pytest.raises(ValueError, match=message):
         layer_importance(Model(nn.ModuleList(blocks(4))), evaluate, kept=kept, samples=samples, layers="layers")
+
+
+def test_each_layer_has_samples_of_its_own():
+    """Which of the other layers a sub-network has does not follow from its number alone."""
+    model = Model(LISTS["ModuleList"](8))
+    asked = {}
+
+    def noting(model):
+        asked[evaluate(model)] = tuple(map(id, model.layers))
+        return evaluate(model)
+
+    names = [id(layer) for layer in model.layers]
+    found = layer_importance(model, noting, kept=3, samples=6, layers="layers", share_prefixes=False)
+    drawn = []
+    for layer, values in enumerate(found.values.tolist()):
+        subsets = [[names.index(name) for name in asked[value]] for value in values]
+        drawn.append([[other - (other > layer) for other in subset] for subset in subsets])  # places among the others
+    assert all(first != second for first, second in combinations(drawn, 2))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_have_no_place_in_a_mean_are_named(value):
+    model = Model(LISTS["ModuleList"](4))
+    without = list(model.layers)[1:3]
+
+    def evaluate(model):
+        return value if list(model.layers) == without else 1.0
+
+    with pytest.raises(ValueError, match=rf"the layers \[1, 2\] of 'layers' score {value}, expected a finite number"):
+        layer_importance(model, evaluate, kept=2, layers="layers", share_prefixes=False)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in():
+    model = Model(LISTS["ModuleList"](4)).train()
+    layer_importance(model, evaluate, kept=2, samples=2, layers="layers")
+    assert all(module.training for module in model.modules())

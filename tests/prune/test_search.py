@@ -1,6 +1,5 @@
 """Search on Valid: every method against brute force, and what sharing prefixes saves."""
 
-import json
 import math
 from itertools import combinations
 
@@ -11,7 +10,8 @@ from torch import nn
 from layerdrop_fast import LayerDropModuleList, LayerDropStack, TransformerStack
 from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.prune import every_other, extract, search
-from layerdrop_fast.prune.search import SearchResult
+from layerdrop_fast.prune.scores import Scores
+from layerdrop_fast.prune.search import Scored, SearchResult
 from layerdrop_fast.prune.shared_prefixes import SharedPrefixes
 from tests.prune.blocks import blocks
 
@@ -65,15 +65,15 @@ def test_exhaustive_ranks_as_brute_force_does(kind, kept, share_prefixes):
     assert found.every_other.value == pytest.approx(expected[tuple(every_other(6, kept=kept))])
 
 
-@pytest.mark.parametrize(("depth", "kept"), [(6, 1), (6, 3), (7, 4), (6, 6)])
-def test_each_distinct_prefix_is_computed_once(depth, kept):
+@pytest.mark.parametrize(("depth", "kept", "checks"), [(6, 1, 1), (6, 3, 3), (7, 4, 3), (6, 6, 1)])
+def test_each_distinct_prefix_is_computed_once(depth, kept, checks):
     model = Model(LISTS["ModuleList"](depth))
     found = search(model, evaluate, kept=kept, layers="layers")
     subsets = list(combinations(range(depth), kept))
     prefixes = {subset[:length] for subset in subsets for length in range(1, kept + 1)}
     assert found.layers_run == len(prefixes) == math.comb(depth + 1, kept) - 1
     assert found.layers_asked == kept * len(subsets)
-    assert sum(layer.calls for layer in model.layers) == len(prefixes) * len(BATCHES)
+    assert sum(layer.calls for layer in model.layers) == (len(prefixes) + checks * kept) * len(BATCHES)
 
 
 def test_the_fused_stack_starts_from_known_states_too(monkeypatch):
@@ -91,21 +91,22 @@ def test_the_fused_stack_starts_from_known_states_too(monkeypatch):
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
     found = search(model, loss, kept=3)
-    assert len(ran) == found.layers_run == math.comb(7, 3) - 1
+    assert found.layers_run == math.comb(7, 3) - 1
+    assert len(ran) == found.layers_run + 3 * 3  # three candidates are checked
     for row in found.ranked:
         assert row.value == pytest.approx(loss(extract(model, row.keep)), rel=1e-5)
 
 
 @pytest.mark.parametrize("held", [0, 1, 2, 3, 100])
 def test_held_states_stay_within_the_bound(held):
-    """The layers' inputs and ``held`` states; whatever is held, the scores are the same."""
+    """Whatever is held, the scores are the same."""
     model = Model(LISTS["ModuleList"](7))
     state = sum(x.nbytes for x in BATCHES)
-    prefixes = SharedPrefixes(model, "layers", evaluate, (1 + held) * state)
+    prefixes = SharedPrefixes(model, "layers", evaluate, held * state)
     expected, most, runs = brute_force(model, 4), 0, 0
     for keep in combinations(range(7), 4):
         assert prefixes(keep) == pytest.approx(expected[keep], rel=1e-6)
-        most = max(most, sum(out.nbytes for outputs in prefixes._outputs.values() for out in outputs))
+        most = max(most, sum(held.out.nbytes for outputs in prefixes._outputs.values() for held in outputs))
     assert most == min(held, 3) * state
     if held < 3:
         runs = sum(
@@ -174,7 +175,7 @@ def test_a_held_out_split_judges_the_best_and_every_other():
     assert [row.held_out for row in found.ranked[:3]] == pytest.approx([-row.value for row in found.ranked[:3]])
     assert all(row.held_out is None for row in found.ranked[3:] if row.keep != found.every_other.keep)
     assert found.every_other.held_out == pytest.approx(-found.every_other.value)
-    assert 3 <= len(asked) <= 4
+    assert 3 + 2 <= len(asked) <= 4 + 2  # two are checked
     lines = found.table(2).splitlines()
     assert lines[0].split() == ["rank", "value", "held", "out", "layers"]
     assert lines[1].split()[3:] == [str(layer) for layer in found.keep]
@@ -190,51 +191,10 @@ def test_no_number_ranks_last():
         layers="layers",
     )
     assert all(math.isnan(row.value) for row in found.ranked)
-    values = iter([math.nan, 3.0, math.nan, 1.0, 2.0, 4.0])
-    found = search(
-        Model(LISTS["ModuleList"](4)), lambda model: 0 * evaluate(model) + next(values), kept=2, layers="layers"
-    )
+    model = Model(LISTS["ModuleList"](4))
+    values = dict(zip(combinations(model.layers, 2), [math.nan, 3.0, math.nan, 1.0, 2.0, 4.0], strict=True))
+    found = search(model, lambda model: 0 * evaluate(model) + values[tuple(model.layers)], kept=2, layers="layers")
     assert [row.value for row in found.ranked[:4]] == [1.0, 2.0, 3.0, 4.0]
-
-
-def test_it_goes_on_where_it_was_stopped(tmp_path):
-    model, file = Model(LISTS["ModuleList"](6)), tmp_path / "scores.json"
-    calls = []
-
-    def stopping(model):
-        calls.append(1)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return evaluate(model)
-
-    with pytest.raises(KeyboardInterrupt):
-        search(model, stopping, kept=3, layers="layers", resume=file)
-    assert len(json.loads(file.read_text())["scores"]) == 7
-    calls.clear()
-
-    def counting(model):
-        calls.append(1)
-        return evaluate(model)
-
-    found = search(model, counting, kept=3, layers="layers", resume=file)
-    assert len(calls) == math.comb(6, 3) - 7 + 1  # and one of the known ones, to see that they are of this model
-    assert {tuple(row.keep): row.value for row in found.ranked} == pytest.approx(brute_force(model, 3), rel=1e-6)
-    calls.clear()
-    assert search(model, counting, kept=3, layers="layers", resume=file).ranked == found.ranked
-    assert len(calls) == 1
-
-
-def test_scores_of_another_model_are_refused(tmp_path):
-    file = tmp_path / "scores.json"
-    search(Model(LISTS["ModuleList"](4)), evaluate, kept=2, layers="layers", resume=file)
-    before = file.read_bytes()
-    other = Model(nn.ModuleList(blocks(4, seed=99)))
-    with pytest.raises(ValueError, match="of another model or another evaluate"):
-        search(other, evaluate, kept=2, layers="layers", resume=file)
-    assert file.read_bytes() == before
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="holds no scores of a search"):
-        search(Model(LISTS["ModuleList"](4)), evaluate, kept=2, layers="layers", resume=file)
 
 
 def test_progress_is_shown(capsys):
@@ -302,13 +262,20 @@ def test_an_evaluate_that_changes_its_mind_is_refused():
         calls.append(1)
         return sum(model.eval()(x).mean().item() for x in BATCHES[: 4 - len(calls)])
 
-    for wrong in (other_inputs, more_calls):
+    for wrong, message in (
+        (other_inputs, "call 0 of 'layers' has other inputs than in the first evaluation"),
+        (more_calls, "call 1 of 'layers' has other inputs than in the first evaluation"),
+        (fewer_calls, r"were called \[2, 2\] times, expected 3 times each"),
+    ):
         calls.clear()
-        with pytest.raises(ValueError, match="other inputs than in the first evaluation"):
+        prefixes = SharedPrefixes(model, "layers", wrong, 1 << 20)
+        prefixes._next_check = math.inf
+        prefixes((0, 1))
+        with pytest.raises(ValueError, match=message):
+            prefixes((0, 2))
+        calls.clear()
+        with pytest.raises(ValueError, match=r"the layers \[0, 1\] of 'layers' score .* and .* with every layer run"):
             search(model, wrong, kept=2, layers="layers")
-    calls.clear()
-    with pytest.raises(ValueError, match=r"were called \[2, 2\] times, expected 3 times each"):
-        search(model, fewer_calls, kept=2, layers="layers")
     with pytest.raises(ValueError, match=r"is in training mode, expected evaluate to call model.eval\(\)"):
         search(model.train(), lambda model: model(BATCHES[0]).mean().item(), kept=2, layers="layers")
     assert "forward" not in vars(model.layers[0])
@@ -350,3 +317,52 @@ def test_the_model_is_left_as_it_was():
     assert "forward" not in vars(model.layers)
     assert len(model.layers.layers) == 5
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(share_prefixes):
+    model = Model(LISTS["ModuleList"](5)).train()
+    model.last.eval(), model.layers[3].linear.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    grad = []
+
+    def noting(model):
+        grad.append(torch.is_grad_enabled())
+        return evaluate(model)
+
+    search(model, noting, kept=2, layers="layers", share_prefixes=share_prefixes)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert not any(grad)
+
+
+def test_the_states_of_the_search_are_freed_before_the_held_out_split_is_judged(monkeypatch):
+    known, of = [], Scores.of
+    monkeypatch.setattr(Scores, "of", lambda self, *given: known.append(self) or of(self, *given))
+    held = []
+
+    def other(model):
+        held.append(sum(map(len, known[0].prefixes._outputs.values())))
+        return evaluate(model)
+
+    search(Model(LISTS["ModuleList"](5)), evaluate, kept=3, layers="layers", held_out=other)
+    assert held
+    assert not any(held)
+
+
+def test_the_columns_of_a_table_are_as_wide_as_their_widest_cell():
+    ranked = [Scored([0, 10], 1.5, 12345.0), Scored([2, 3], 123.25, 2.0)]
+    assert SearchResult(ranked, Scored([1, 2], 2.0, 3.0), 0, 0).table() == (
+        "       rank     value    held out  layers\n"
+        "          1    1.5000  12345.0000  0 10\n"
+        "          2  123.2500      2.0000  2 3\n"
+        "every other    2.0000      3.0000  1 2"
+    )
+    ranked = [Scored([0], 1.5, 2.5)]
+    assert SearchResult(ranked, Scored([1], 2.0, 3.0), 0, 0).table() == (
+        "       rank   value  held out  layers\n          1  1.5000    2.5000  0\nevery other  2.0000    3.0000  1"
+    )
+    assert SearchResult([Scored([0], 1.5)], Scored([1], 2.0), 0, 0).table().splitlines()[0].split() == [
+        "rank",
+        "value",
+        "layers",
+    ]

@@ -106,3 +106,50 @@ def test_early_exit_names_both_sides(layer, error):
         pass
     with pytest.raises(ValueError, match="has no module 'nowhere'"), early_exit(model, 1, "nowhere"):
         pass
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList(blocks(3))
+
+
+@pytest.mark.parametrize("take", [lambda model, keep: skip_layers(model, keep).__enter__(), extract])
+def test_lists_within_or_twice_the_same_are_refused_and_nothing_has_changed(take):
+    stack = LayerDropStack(blocks(4), 0.2)
+    model = nn.ModuleDict({"layers": nn.ModuleList(Outer() for _ in range(3)), "e": stack, "again": stack})
+    before = state_of(model)
+    for keep, message in (
+        ({"layers": [1, 2], "layers.1.inner": [0]}, "'layers' and 'layers.1.inner' are a list and one of its layers'"),
+        ({"layers.1.inner": [0], "layers": [1, 2]}, "'layers' and 'layers.1.inner' are a list and one of its layers'"),
+        ({"e": [1], "e.layers": [0, 2]}, "'e.layers' and 'e' are the same list of layers"),
+        ({"e": [1, 2], "again": [1]}, "'again' and 'e' are the same list of layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            take(model, keep)
+        assert state_of(model) == before
+    with skip_layers(model, {"layers.0.inner": [0], "layers.1.inner": [1, 2]}):
+        assert [len(layer.inner) for layer in model["layers"]] == [1, 2, 3]
+
+
+def test_a_mode_that_changes_within_the_block_is_that_of_every_layer():
+    model = nn.ModuleDict({"encoder": LayerDropStack(blocks(4), 0.2), "decoder": nn.ModuleList(blocks(3))}).train()
+    model["decoder"][0].eval()
+    with skip_layers(model, {"encoder": [1, 2], "decoder": [1]}):
+        pass
+    assert not model["decoder"][0].training  # as it was
+    with skip_layers(model, {"encoder": [1, 2], "decoder": [1]}):
+        model.eval()
+    assert not any(module.training for module in model.modules())
+    with skip_layers(model, {"encoder": [1, 2], "decoder": [1]}), skip_layers(model, {"encoder": [0]}):
+        model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_what_a_stack_knows_of_its_layers_is_as_before():
+    stack = LayerDropStack(blocks(4), 0.2)
+    stack._proven = {1, 3}
+    with skip_layers(stack, [0, 1]):
+        assert stack._proven == set()
+        stack._proven.add(0)
+    assert stack._proven == {1, 3}
