@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,7 +57,9 @@ def _load(source: Path) -> Any:
                 return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # files from before torch 1.6, which cannot be mapped
                 return torch.load(source, map_location="cpu", weights_only=True)
-        except BROKEN as error:
+        except (*BROKEN, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the reader sought before the start
+                raise
             raise ValueError(f"cannot read {source}, expected a file of torch.save with weights: {error}") from error
 
 

@@ -322,8 +322,9 @@ def test_sources_and_targets_of_another_kind_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             prune_checkpoint(tmp_path / source, tmp_path / out, choose)
         assert sorted(os.listdir(tmp_path)) == before
-    with pytest.raises(FileNotFoundError):
-        prune_checkpoint(tmp_path / "nowhere.safetensors", tmp_path / "out.safetensors", choose)
+    for suffix in (".safetensors", ".pt"):
+        with pytest.raises(FileNotFoundError):
+            prune_checkpoint(tmp_path / f"nowhere{suffix}", tmp_path / f"out{suffix}", choose)
 
 
 def test_every_other_of_what_is_there(tmp_path):
