@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,16 +36,15 @@ def run(options: Options) -> None:
     Raises:
         RecipeError: something the user can mend; there is no output then.
     """
-    if find_spec("safetensors") is None:
+    source = options.source
+    if (source.is_dir() or source.suffix == ".safetensors") and find_spec("safetensors") is None:
         raise RecipeError("prune needs safetensors: pip install 'layerdrop_fast[recipes]'")
     try:
-        found = prune_checkpoint(options.source, options.out, lambda lists: _keep(options, lists), progress=True)
-    except (ValueError, pickle.UnpicklingError) as error:
+        found = prune_checkpoint(source, options.out, lambda lists: _keep(options, lists), progress=True)
+    except ValueError as error:
         raise RecipeError(str(error)) from error
     except OSError as error:
-        raise RecipeError(
-            f"cannot prune {options.source}: {error.strerror}: {error.filename or options.out}"
-        ) from error
+        raise RecipeError(f"cannot prune {source}: {error.strerror}: {error.filename or options.out}") from error
     for prefix, keep in found.kept.items():
         print(f"{prefix or 'layers'}: {found.layers[prefix]} -> {len(keep)} layers, those that were {_listed(keep)}")
     print(

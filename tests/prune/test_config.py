@@ -6,6 +6,7 @@ from layerdrop_fast.prune import prune_config
 
 BART = {"encoder_layers": 6, "decoder_layers": 6, "num_hidden_layers": 6, "encoder_layerdrop": 0.2, "d_model": 8}
 T5 = {"num_layers": 6, "num_decoder_layers": 6, "d_model": 8}
+T5_SHORT = {"num_layers": 6, "is_encoder_decoder": True}
 QWEN = {
     "num_hidden_layers": 4,
     "layer_types": ["full", "sliding", "full", "sliding"],
@@ -24,6 +25,9 @@ BOTH = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_l
         (BART, "model.encoder.layers", 6, {"encoder_layers": 2, "num_hidden_layers": 2}),
         (T5, "encoder.block", 6, {"num_layers": 2}),
         (T5, "decoder.block", 6, {"num_decoder_layers": 2}),
+        (T5_SHORT, "decoder.block", 6, {"num_decoder_layers": 2}),
+        (T5_SHORT, "encoder.block", 6, {"num_layers": 2, "num_decoder_layers": 6}),
+        ({**T5_SHORT, "num_decoder_layers": None}, "decoder.block", 6, {"num_decoder_layers": 2}),
         (QWEN, "model.layers", 4, {"num_hidden_layers": 2, "layer_types": ["full", "sliding"]}),
         (BOTH, "text_model.layers", 4, {"text_config": {"num_hidden_layers": 2}}),
         (
@@ -44,6 +48,34 @@ def test_both_sides_at_once():
     keep = {"encoder.layers": [0], "decoder.layers": [0, 1]}
     small = prune_config(BART, keep, {"encoder.layers": 6, "decoder.layers": 6})
     assert (small["encoder_layers"], small["decoder_layers"], small["num_hidden_layers"]) == (1, 2, 1)
+
+
+def test_lists_of_the_other_side_stay():
+    config = {"encoder_layers": 3, "decoder_layers": 3, "decoder_layer_types": [1, 2, 3], "layer_scales": [4, 5, 6]}
+    small = prune_config(config, {"encoder.layers": [0, 2]}, {"encoder.layers": 3})
+    assert small == {**config, "encoder_layers": 2, "layer_scales": [4, 6]}
+
+
+def test_a_count_of_something_else_stays():
+    config = {"num_hidden_layers": 4, "depth": 7, "n_layers": 4}
+    small = prune_config(config, {"layers": [0, 2]}, {"layers": 4})
+    assert small == {"num_hidden_layers": 2, "depth": 7, "n_layers": 2}
+
+
+def test_only_integers_are_counts():
+    config = {"num_hidden_layers": 1, "depth": True, "n_layer": 1.0, "n_layers": "1"}
+    small = prune_config(config, {"layers": [0]}, {"layers": 1})
+    assert all(type(small[name]) is type(config[name]) and small[name] == config[name] for name in config)
+    for other in (4.0, "4", None):
+        with pytest.raises(ValueError, match=r"the config says \{\}, expected the 4 layers"):
+            prune_config({"num_hidden_layers": other}, {"layers": [0]}, {"layers": 4})
+
+
+def test_an_encoder_and_decoder_with_one_number_is_refused():
+    with pytest.raises(ValueError, match=r"the config says \{\}, expected the 4 layers of 'decoder.layers'"):
+        prune_config(
+            {"num_hidden_layers": 4, "is_encoder_decoder": True}, {"decoder.layers": [0]}, {"decoder.layers": 4}
+        )
 
 
 @pytest.mark.parametrize(

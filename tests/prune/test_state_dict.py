@@ -142,6 +142,13 @@ def test_what_all_layers_share_is_not_dropped():
     assert prune_state_dict(state_dict, {"block": [0, 3]}) == {"block.0.w": 0, "block.1.w": 0, "block.0.bias": 1}
 
 
+def test_two_layers_of_which_one_has_what_both_share():
+    state_dict = {"block.0.w": 0, "block.1.w": 0, "block.0.bias": 1}
+    with pytest.raises(ValueError, match=r"layer 0 of 'block' alone has 'bias'"):
+        prune_state_dict(state_dict, {"block": [1]})
+    assert prune_state_dict(state_dict, {"block": [0]}) == {"block.0.w": 0, "block.0.bias": 1}
+
+
 def trained(named):
     model = nn.ModuleDict({"layers": LayerDropModuleList(0.0, blocks(5)), "head": nn.Linear(4, 2)})
     matrices = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
@@ -191,3 +198,54 @@ def test_an_optimizer_without_names_asks_for_them():
         prune_optimizer_state_dict(optimizer.state_dict(), {"layers": [0]})
     with pytest.raises(ValueError, match="got 11 names, expected 12"):
         prune_optimizer_state_dict(optimizer.state_dict(), {"layers": [0]}, order[1:])
+
+
+def optimizer_of(names):
+    """As of an optimizer in which each parameter's state is its name."""
+    group = {"lr": 0.1, "params": list(range(len(names))), "param_names": names}
+    return {"state": dict(enumerate(names)), "param_groups": [group]}
+
+
+@pytest.mark.parametrize("trained", [[1, 2, 3, 4], [3], [0, 1, 2]])
+def test_layers_that_are_frozen_are_not_missed(trained):
+    whole = optimizer_of([f"layers.{layer}.w" for layer in trained] + ["layers.3.adapter", "head.w"])
+    keep = {"layers": [1, 3]}
+    small = prune_optimizer_state_dict(whole, keep, model=[f"layers.{layer}.w" for layer in range(5)])
+    stay = [f"layers.{layer}.w" for layer in trained if layer in (1, 3)] + ["layers.3.adapter", "head.w"]
+    assert list(small["state"].values()) == stay
+    assert small["param_groups"][0]["params"] == list(range(len(stay)))
+    assert small == prune_optimizer_state_dict(whole, keep)
+
+
+def test_what_an_optimizer_keeps_is_checked():
+    whole = optimizer_of(["layers.2.w", "head.w"])
+    with pytest.raises(ValueError, match=r"are \[0, 3\], expected at least one of 0 to 2"):
+        prune_optimizer_state_dict(whole, {"layers": [0, 3]})
+    with pytest.raises(ValueError, match=r"no layers blocks.0, blocks.1, ...; found lists of layers: 'layers' \(3\)"):
+        prune_optimizer_state_dict(whole, {"blocks": [0]})
+    with pytest.raises(ValueError, match="keep is empty"):
+        prune_optimizer_state_dict(whole, {})
+    model = [f"layers.{layer}.w" for layer in range(4)]
+    assert prune_optimizer_state_dict(whole, {"layers": [0, 3]}, model=model)["state"] == {0: "head.w"}
+    with pytest.raises(ValueError, match=r"are \[0, 4\], expected at least one of 0 to 3"):
+        prune_optimizer_state_dict(whole, {"layers": [0, 4]}, model=model)
+
+
+def test_groups_of_which_nothing_is_left_are_dropped():
+    """One group a layer, as for learning rates that fall from layer to layer."""
+
+    def optimizer(layers):
+        groups = [{"params": list(layer.parameters())} for layer in layers]
+        return torch.optim.SGD([*groups, {"params": []}], lr=0.1, momentum=0.9)
+
+    layers = blocks(3)
+    whole = optimizer(layers)
+    for place, group in enumerate(whole.param_groups):
+        group["lr"] = float(place)
+    layers[2](layers[1](layers[0](X))).sum().backward()
+    whole.step()
+    names = [f"layers.{place}.{name}" for place, layer in enumerate(layers) for name, _ in layer.named_parameters()]
+    small = optimizer(blocks(2))
+    small.load_state_dict(prune_optimizer_state_dict(whole.state_dict(), {"layers": [0, 2]}, names))
+    assert [group["lr"] for group in small.param_groups] == [0, 2, 3]
+    assert [len(group["params"]) for group in small.param_groups] == [2, 2, 0]

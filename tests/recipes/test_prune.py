@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 import torch
@@ -86,3 +87,27 @@ def test_a_folder(tmp_path, capsys):
     assert cli.main(["prune", str(tmp_path / "in"), "--kept", "2", "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"n_layer": 2}
     assert "prune: 1/1  model.safetensors" in capsys.readouterr().out
+
+
+def test_files_that_are_broken_are_named(source, capsys):
+    folder = source.parent
+    (folder / "cut.safetensors").write_bytes(source.read_bytes()[:-1])
+    torch.save({"path": pathlib.PurePosixPath("a")}, folder / "code.pt")
+    (folder / "cut.pt").write_bytes((folder / "code.pt").read_bytes()[:-100])
+    (folder / "index").mkdir()
+    (folder / "index" / "model.safetensors.index.json").write_text("{}")
+    before = sorted(os.listdir(folder))
+    for name in ("cut.safetensors", "code.pt", "cut.pt", "index"):
+        assert call(folder / name, "--kept", "1", out=f"out{pathlib.Path(name).suffix}") == 2
+        assert name in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_safetensors_is_asked_for_where_it_is_needed(source, capsys, monkeypatch):
+    monkeypatch.setattr("layerdrop_fast.recipes.prune.find_spec", lambda name: None)
+    torch.save({f"layers.{n}.w": torch.ones(2) for n in range(4)}, source.parent / "in.pt")
+    assert call(source.parent / "in.pt", "--kept", "2", out="out.pt") == 0
+    assert set(torch.load(source.parent / "out.pt")) == {"layers.0.w", "layers.1.w"}
+    for other in (source, source.parent):
+        assert call(other, "--kept", "1") == 2
+        assert "prune needs safetensors: pip install" in capsys.readouterr().err
