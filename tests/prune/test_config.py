@@ -71,6 +71,13 @@ def test_only_integers_are_counts():
             prune_config({"num_hidden_layers": other}, {"layers": [0]}, {"layers": 4})
 
 
+def test_names_that_are_numbers():
+    config = {"num_hidden_layers": 2, 3: [1, 2]}
+    assert prune_config(config, {"layers": [0]}, {"layers": 2}) == {"num_hidden_layers": 1, 3: [1, 2]}
+    with pytest.raises(ValueError, match="in one place of it"):
+        prune_config({**config, 7: {"num_hidden_layers": 2}}, {"7.layers": [0]}, {"7.layers": 2})
+
+
 def test_an_encoder_and_decoder_with_one_number_is_refused():
     with pytest.raises(ValueError, match=r"the config says \{\}, expected the 4 layers of 'decoder.layers'"):
         prune_config(
