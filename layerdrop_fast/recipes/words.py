@@ -42,7 +42,9 @@ def wikitext(name: str) -> Corpus:
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        raise RecipeError(f"{name} needs datasets: pip install 'layerdrop_fast[datasets]', or give files of yours with --text") from None
+        raise RecipeError(
+            f"{name} needs datasets: pip install 'layerdrop_fast[datasets]', or give files of yours with --text"
+        ) from None
     try:
         parts = datasets.load_dataset("Salesforce/wikitext", WIKITEXT[name])
     except (OSError, ValueError) as error:  # its errors of network and cache

@@ -1,6 +1,7 @@
 """The experiments: what is trained and measured, and what is told of it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from layerdrop_fast.recipes.evaluation import bits_per_token
 from layerdrop_fast.recipes.experiments import __main__ as command
 from layerdrop_fast.recipes.experiments import measures, runs, summary
 from layerdrop_fast.recipes.experiments.runs import NETWORKS
+from layerdrop_fast.recipes.pool import read_results
 from layerdrop_fast.recipes.text import from_file, validation_windows
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Recipe, Training, train
 from layerdrop_fast.schedule import uniform
 
+ROOT = Path(__file__).parents[2]
 SMALL = ModelSize(num_layers=4, d_model=16, nhead=4, dim_feedforward=32, context=16)
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 600
 BYTES = np.frombuffer(TEXT, dtype=np.uint8)
@@ -153,3 +156,9 @@ def test_the_command_does_what_is_missing_and_reports(text, tmp_path, capsys, mo
     out.write_text("[]")
     assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
     assert "results.json is no file of results" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_was_measured():
+    results = read_results(ROOT / "benchmarks/results/cpu-2core/experiments-austen.json")
+    page = (ROOT / "docs/experiments.md").read_text()
+    assert f"<!-- tables -->\n{summary.tables(results)}\n<!-- /tables -->" in page

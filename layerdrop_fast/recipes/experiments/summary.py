@@ -59,9 +59,10 @@ def plots(results: Results) -> dict[str, bytes]:
             axes.legend(framealpha=1.0, edgecolor="none")
             found[file] = _png(axes.figure)
     importances = {
-        result["network"]: Importance(result["importance"]["kept"], _padded(result["importance"]["values"]))
-        for result in results
-        if "importance" in result
+        name: Importance(run["importance"]["kept"], _padded(run["importance"]["values"]))
+        for name in NETWORKS
+        for run in _of(results, name)
+        if "importance" in run
     }
     if importances:
         axes = plot_importance(importances)
