@@ -7,19 +7,27 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from layerdrop_fast._checks import check_rate
 from layerdrop_fast.nn.stack import GRANULARITIES
+from layerdrop_fast.plan import SAMPLINGS
+from layerdrop_fast.recipes import lm
+from layerdrop_fast.recipes import prune as prune_files
 from layerdrop_fast.recipes.bench import command
 from layerdrop_fast.recipes.bench.measure import ROUNDS
 from layerdrop_fast.recipes.bench.setting import DTYPES as STREAM_DTYPES
 from layerdrop_fast.recipes.bench.setting import Setting
-from layerdrop_fast.recipes.demo import DENSE_STEPS, Options, device_of, run_demo
+from layerdrop_fast.recipes.configurations import CONFIGURATIONS
+from layerdrop_fast.recipes.demo import DENSE_STEPS, Options, run_demo
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.info import describe
-from layerdrop_fast.recipes.training import Stopped
+from layerdrop_fast.recipes.run import device_of
+from layerdrop_fast.recipes.training import Recipe, Stopped
+from layerdrop_fast.recipes.words import WIKITEXT
+from layerdrop_fast.schedule import Depth, alternating, linear, uniform
 
 DEMO = """\
 Trains two small language models that predict text byte by byte, one with LayerDrop (whole layers are skipped at random
@@ -45,6 +53,26 @@ layers that are kept. They take turns on the same weights and the same decisions
 shown that it computes what it should. Prints a table: time, tokens/s, what is held for backward, the peak, what
 deciding costs.
 """
+PRUNE = """\
+Writes a checkpoint of the same network with fewer layers, ready to use without retraining if it was trained with
+LayerDrop. The input is a .safetensors file, a folder as transformers saves it (config.json and shards included), or a
+file of torch.save (.pt, .pth, .bin, .ckpt), of which EMA weights and the optimizer's state are cut too. Nothing in it
+is executed, and it is not changed.
+
+    layerdrop-fast prune model.safetensors --kept 8 --out model-8.safetensors
+    layerdrop-fast prune bart/ --layers decoder.layers --keep 0,2,4 --out bart-12-3/
+"""
+TRAIN = """\
+Trains a language model with LayerDrop, then cuts it to every depth without retraining and shows what it is worth there.
+
+    layerdrop-fast train lm --p 0.2
+    layerdrop-fast train lm --text novels.txt --profile linear --p 0.6 --scale inverse --equal-work
+    layerdrop-fast train lm --config wikitext-103-16 --dataset wikitext-103 --p 0.2
+
+You can stop it at any time with Ctrl-C, or kill it; the same command goes on where it was. Results go to the folder
+out/lm: model.safetensors, metrics.json and plots.
+
+"""
 SIZES = {
     "layers": "depth",
     "d_model": "width of the stream",
@@ -53,6 +81,7 @@ SIZES = {
     "samples": "samples in a batch",
     "length": "positions in a sample",
 }
+PROFILES: dict[str, Callable[[float], Depth]] = {"uniform": uniform, "linear": linear, "alternating": alternating}
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -70,6 +99,13 @@ def _rate(text: str) -> float:
         return check_rate(float(text), "it")
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1") from None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,2,4") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU where there is one)")
     demo.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
     demo.add_argument("--no-price", action="store_true", help="leave out the table of what a training step costs")
+    _add_train(commands)
     tune = commands.add_parser(
         "tune",
         help="measure the GPU kernels' configurations on this GPU (minutes; needs a GPU)",
@@ -158,8 +195,87 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--threads", type=_whole_number(1, 4096), metavar="N", help="of the CPU (default: torch's)")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write all figures there, as JSON")
+    prune = commands.add_parser(
+        "prune",
+        help="cut a checkpoint to fewer layers",
+        description=PRUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prune.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, a file or folder")
+    prune.add_argument("--out", type=Path, required=True, metavar="OUT", help="file or folder to write; must not exist")
+    which = prune.add_mutually_exclusive_group(required=True)
+    which.add_argument("--kept", type=_whole_number(1, 1 << 20), metavar="N", help="how many layers to keep")
+    which.add_argument("--keep", type=_numbers, metavar="I,J,...", help="which layers to keep, counted from 0")
+    prune.add_argument(
+        "--strategy",
+        choices=tuple(prune_files.STRATEGIES),
+        default="every-other",
+        help="which ones with --kept: at even distances, the first or the last (default: %(default)s)",
+    )
+    prune.add_argument(
+        "--layers",
+        action="append",
+        metavar="PREFIX",
+        help="the list of layers to cut, such as decoder.layers, where there are several; may be given again",
+    )
     commands.add_parser("info", help="versions, and which backends work here", description="Versions and backends.")
     return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="train a model with LayerDrop on a text, resumable")
+    models = train.add_subparsers(dest="model", metavar="MODEL", required=True)
+    listed = "\n".join(f"  {name:16s} {configuration.about}" for name, configuration in CONFIGURATIONS.items())
+    lm = models.add_parser(
+        "lm",
+        help="a language model",
+        description=f"{TRAIN}Configurations:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    lm.add_argument("--config", choices=tuple(CONFIGURATIONS), default="bytes-16", help="(default: %(default)s)")
+    source = lm.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, metavar="FILE", help="a text (default: Python's standard library)")
+    source.add_argument("--dataset", choices=tuple(WIKITEXT), help="fetched by datasets, read word by word")
+    lm.add_argument("--out", type=Path, default=Path("out/lm"), metavar="DIR", help="(default: %(default)s)")
+    lm.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
+    lm.add_argument(
+        "--p", type=_rate, default=0.2, metavar="P", help="drop rate; the highest of a profile (%(default)s)"
+    )
+    lm.add_argument("--profile", choices=tuple(PROFILES), default="uniform", help="rates over depth (%(default)s)")
+    lm.add_argument("--fade", action="store_true", help="rates fall to 0 over the run")
+    lm.add_argument("--granularity", choices=GRANULARITIES, default="batch", help="(default: %(default)s)")
+    lm.add_argument("--target", choices=("layer", "branch"), default="layer", help="(default: %(default)s)")
+    lm.add_argument("--heads", type=_rate, default=0.0, metavar="P", help="drop rate of attention heads")
+    lm.add_argument("--chunks", type=_rate, default=0.0, metavar="P", help="drop rate of feed-forward chunks")
+    lm.add_argument("--sampling", choices=SAMPLINGS, default="bernoulli", help="(default: %(default)s)")
+    lm.add_argument("--scale", choices=("none", "inverse"), default="none", help="residual scale (%(default)s)")
+    lm.add_argument("--learned", action="store_true", help="learn a rate for each layer, P their mean")
+    lm.add_argument("--equal-work", action="store_true", help="as many more steps as dropped layers save")
+    for name, what in (
+        ("steps", "training steps"),
+        ("batch", "windows of a microbatch"),
+        ("accumulation", "microbatches"),
+    ):
+        lm.add_argument(
+            f"--{name}", type=_whole_number(1, 10_000_000), metavar="N", help=f"{what} (the configuration's)"
+        )
+    lm.add_argument("--seed", type=_whole_number(0, 2**31 - 1), metavar="N", help="(default: 0)")
+    lm.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: the configuration's)")
+    lm.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU where there is one)")
+
+
+def _train(options: argparse.Namespace) -> None:
+    names = ("fade", "granularity", "target", "heads", "chunks", "sampling", "scale", "learned")
+    recipe = Recipe(PROFILES[options.profile](options.p), **{name: getattr(options, name) for name in names})
+    changes = {name: getattr(options, name) for name in ("steps", "batch", "accumulation", "seed", "dtype")}
+    lm.run(
+        lm.Options(
+            configuration=options.config,
+            recipe=recipe,
+            **{name: getattr(options, name) for name in ("text", "dataset", "out", "restart", "equal_work", "device")},
+            changes={name: value for name, value in changes.items() if value is not None},
+        )
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -179,6 +295,11 @@ def _bench(options: argparse.Namespace) -> None:
     command.run(command.Options(setting, options.ways, options.rounds, options.out))
 
 
+def _prune(options: argparse.Namespace) -> None:
+    names = ("source", "out", "kept", "keep", "strategy", "layers")
+    prune_files.run(prune_files.Options(**{name: getattr(options, name) for name in names}))
+
+
 def _tune(options: argparse.Namespace) -> None:
     if find_spec("triton") is None:
         raise RecipeError("tune needs Triton, which comes with torch's CUDA and ROCm builds")
@@ -195,13 +316,13 @@ def _info(options: argparse.Namespace) -> None:
     print(describe())
 
 
-COMMANDS = {"demo": _demo, "bench": _bench, "tune": _tune, "info": _info}
+COMMANDS = {"demo": _demo, "bench": _bench, "prune": _prune, "train": _train, "tune": _tune, "info": _info}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 2 for something to mend, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    resumes = options.command == "demo"
+    resumes = options.command in ("demo", "train")
     try:
         COMMANDS[options.command](options)
     except RecipeError as error:

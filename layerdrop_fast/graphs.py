@@ -24,7 +24,7 @@ from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.fixed import FixedForward, Room, Slots
 from layerdrop_fast.nn.graphable import graphable_stack, units_of
 from layerdrop_fast.nn.skippable import check_optimizer, load, make_states, step_unless
-from layerdrop_fast.nn.transformer_stack import Inputs
+from layerdrop_fast.nn.steps import Inputs
 from layerdrop_fast.nn.turn import Kept, Turn
 from layerdrop_fast.plan import to_device
 from layerdrop_fast.reference.rows import accumulator

@@ -40,7 +40,8 @@ def test_defaults_and_options(monkeypatch, tmp_path):
         (["demo", "--steps", "ten"], "'ten' is not a whole number"),
         (["demo", "--seed", "-1"], "'-1' is not a whole number"),
         ([], "COMMAND"),
-        (["train"], "invalid choice"),
+        (["train"], "the following arguments are required: MODEL"),
+        (["fly"], "invalid choice"),
     ],
 )
 def test_wrong_arguments_are_explained(capsys, arguments, message):

@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README, STACK = (ROOT / "README.md").read_text(), (ROOT / "docs/stack.md").read_text()
 
 
 def test_the_swap_in_example(capsys):
-    example, fused = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example, fused, pruning = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     names = {}
     exec(compile(example, "README.md", "exec"), names)
@@ -18,6 +20,9 @@ def test_the_swap_in_example(capsys):
     assert names["small"](names["x"]).shape == (8, 32, 64)
     exec(compile(fused, "README.md", "exec"), names)
     assert 0 < names["model"].stats().realized_rates.mean() < 0.4
+    exec(compile(pruning, "README.md", "exec"), names)
+    assert "every other" in capsys.readouterr().out
+    assert len(names["found"].keep) == 9
 
 
 def test_the_example_of_the_stacks_page(capsys):
@@ -26,6 +31,16 @@ def test_the_example_of_the_stacks_page(capsys):
     assert "layers_run=" in capsys.readouterr().out
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_example_of_the_targets_page():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/targets.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(compile(example.replace("512", "16").replace("2048", "32"), "targets.md", "exec"), names)
+    assert example.count("TransformerStack(") == 4
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_linked_files_exist(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -107,8 +107,7 @@ def all_tables(results: Results) -> str:
     for source, contests in by_source.items():
         parts.append(source)
         for contest in contests:
-            groups = contest.by_layers().values() if contest.suite == "depth" else [contest.by_way()]
-            parts.append(_code("\n\n".join(f"{_title(ways)}\n{rows(ways)}" for ways in groups)))
+            parts.append(_code("\n\n".join(f"{_title(ways)}\n{rows(ways)}" for ways in contest.groups())))
     names = list(dict.fromkeys(row.way for contest in results.contests for row in contest.figures))
     return "\n\n".join([*parts, _code(notes(names))])
 

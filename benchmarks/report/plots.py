@@ -214,12 +214,40 @@ def recompute(results: Results, figure: Figure) -> Drawn | None:
     return Drawn([contest], [(axes, names)])
 
 
+def parts(results: Results, figure: Figure) -> Drawn | None:
+    """Time and bytes of every target against the share that is kept, as shares of those without dropping."""
+    contest = results.only("parts")
+    if contest is None or 0.0 not in contest.by_rate():
+        return None
+    by_rate, written = contest.by_rate(), []
+    colours = dict(zip(by_rate[0.0], ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=True))
+    for axes, value, label in zip(
+        figure.subplots(1, 2), (_milliseconds, _saved), ("step time", "saved for backward"), strict=True
+    ):
+        names = []
+        for way, colour in colours.items():
+            points = [(1 - p, value(ways[way]) / value(by_rate[0.0][way])) for p, ways in sorted(by_rate.items())]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.4, markersize=3.5)
+            names.append(Name(*points[-1], way, colour))
+        axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
+        axes.set_xlim(1.02, -0.25)  # room for names
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("share that is kept")
+        axes.set_ylabel(f"{label}, share of that without dropping")
+        written.append((axes, names))
+    figure.suptitle(f"What each target saves: {_model(contest)}")
+    return Drawn([contest], written)
+
+
 PLOTS = {
     "steps": Plot("step", "Step time and saved bytes of each way against the drop rate", steps, (8.5, 7.5)),
     "depth": Plot("depth", "Step time and saved bytes against depth, the same layers kept", depth, (8.5, 4)),
     "course": Plot("memory", "Memory over the course of a training step", course, (8.5, 4.5)),
     "bounds": Plot("memory", "Peak bytes and step time against max_kept", bounds, (8.5, 4)),
     "recompute": Plot("memory", "Step time against peak bytes of each way to recompute", recompute, (8.5, 4.5)),
+    "parts": Plot(
+        "parts", "Step time and saved bytes against the kept share of layers, heads, chunks", parts, (8.5, 4)
+    ),
 }
 
 

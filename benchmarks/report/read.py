@@ -1,4 +1,4 @@
-"""Reads what pytest-benchmark stored of ``test_step``, ``test_depth`` and ``test_memory``, or says why it may not."""
+"""Reads what pytest-benchmark stored of the suites that are reported, or says why it may not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layerdrop_fast.recipes.bench.allocations import Course
 from layerdrop_fast.recipes.bench.measure import Figures, figures_of
 from layerdrop_fast.recipes.files import RecipeError, read_bytes
 
-SUITES = ("step", "depth", "memory")
+SUITES = ("step", "depth", "memory", "parts")
 VERSIONS = {
     "python": "Python",
     "torch": "torch",
@@ -73,6 +73,19 @@ class Contest:
         for row in self.figures:
             found.setdefault(row.setting.layers, {})[row.way] = row
         return found
+
+    def by_rate(self) -> dict[float, dict[str, Figures]]:
+        """Figures by drop rate and way."""
+        found: dict[float, dict[str, Figures]] = {}
+        for row in self.figures:
+            found.setdefault(row.setting.p, {})[row.way] = row
+        return found
+
+    def groups(self) -> list[dict[str, Figures]]:
+        """Figures by way, of each setting."""
+        if self.suite == "depth":
+            return list(self.by_layers().values())
+        return list(self.by_rate().values()) if self.suite == "parts" else [self.by_way()]
 
     def by_way(self) -> dict[str, Figures]:
         return {row.way: row for row in self.figures}
@@ -170,7 +183,7 @@ def _suite(benchmark: dict[str, Any]) -> str:
 
 
 def _contest(benchmark: dict[str, Any]) -> tuple[str, str]:
-    """Depths all take turns, and so do the ways of "memory"; of "step" those whose names differ in nothing else."""
+    """Of "step" those whose names differ in nothing but the way take turns, of the other suites all."""
     suite, name = _suite(benchmark), str(benchmark["fullname"])
     way = str(_at(benchmark, ("extra_info", "figures", "way")))
     return suite, name.removesuffix(f"-{way}]") if suite == "step" else ""

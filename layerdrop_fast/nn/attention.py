@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerdrop_fast._checks import check_count
+from layerdrop_fast.nn.parts import PartBlocks
 from layerdrop_fast.nn.recompute import recomputed_by_the_compiler, recomputed_in_backward
-from layerdrop_fast.ops import norm_linear
+from layerdrop_fast.ops import Blocks, norm_linear
 
 
 class Attend(NamedTuple):
@@ -41,6 +42,14 @@ class Attend(NamedTuple):
             mask = self.read(mask, rows)
         return self._replace(mask=mask, rotary=rotary)
 
+    def of_heads(self, parts: PartBlocks | None, heads: int) -> Attend:
+        """For some of a layer's heads alone."""
+        if self.mask is not None and self.mask.shape[1] not in (1, heads):
+            raise ValueError(f"a mask of {self.mask.shape[1]} heads for a layer of {heads}: expected one for all heads")
+        if parts is None or self.mask is None or self.mask.shape[1] == 1:
+            return self
+        return self._replace(mask=self.mask.index_select(1, parts.outer.kept))
+
     def read(self, x: Tensor, rows: Tensor) -> Tensor:
         """Those samples of a tensor that all layers share."""
         return x.index_select(0, rows)
@@ -68,11 +77,11 @@ class KVCache:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._reader: tuple[weakref.ref[nn.Module], int] | None = None  # whose it is, and how many samples
 
-    def enter(self, stack: nn.Module, samples: int) -> None:
-        """Before a forward of this stack, with so many samples.
+    def enter(self, stack: nn.Module, samples: int, positions: int) -> int:
+        """Before a forward of this stack, with so many samples and positions; returns the positions read so far.
 
         Raises:
-            ValueError: the cache has read another number of samples, or for another stack.
+            ValueError: the cache has read another number of samples, or for another stack, or has no room.
         """
         if not self.length:
             self._held.clear()
@@ -83,6 +92,11 @@ class KVCache:
             if held != samples:
                 raise ValueError(f"cache: got x of {samples} samples, expected {held}, as the cache has read")
         self._reader = weakref.ref(stack), samples
+        if self.length + positions > self.max_len:
+            raise ValueError(
+                f"cache: got {self.length} positions read and {positions} new ones, expected at most {self.max_len}"
+            )
+        return self.length
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, num_kv_heads, S, head_dim] of a layer; returns all that it has read."""
@@ -94,6 +108,19 @@ class KVCache:
         for whole, new in zip(held, (k, v), strict=True):
             whole[:, :, self.length : end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
+
+
+def positions_read(cache: Any, stack: nn.Module, x: Tensor) -> int:
+    """The positions that a stack's cache has read, before x [B, S, D] goes in.
+
+    Raises:
+        TypeError: no KVCache. ValueError: the stack is training, or the cache does not fit.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache")
+    if stack.training:
+        raise ValueError("cache: got one while training, expected stack.eval()")
+    return cache.enter(stack, x.shape[0], x.shape[1])
 
 
 class Attention(nn.Module):
@@ -130,26 +157,41 @@ class Attention(nn.Module):
                 nn.init.zeros_(bias)
 
     def attend_to_itself(
-        self, h: Tensor, norm: nn.Module | None, attend: Attend, recompute: bool, cache: tuple[KVCache, int] | None
+        self,
+        h: Tensor,
+        norm: nn.Module | None,
+        attend: Attend,
+        recompute: bool,
+        cache: tuple[KVCache, int] | None,
+        parts: PartBlocks | None = None,
     ) -> Tensor:
         """Self-attention, before the output projection.
 
         Shapes:
-            h: [K, S, D], packed [N, D]; the input, without the affine of ``norm``. -> the same shape
+            h: [K, S, D], packed [N, D]; the input, without the affine of ``norm``. -> the same shape, of ``parts`` the
+            kept heads' channels
         """
+        groups, blocks = self._groups(parts), None if parts is None else parts.inner[0]
+        attend = attend.of_heads(parts, self.nhead)
 
         def project(h: Tensor, *weights: Tensor | None) -> Tensor:
-            heads = _linear(h, *weights).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type]
-            return heads if attend.rotary is None else rotate(heads, attend.rotary, self.nhead + self.num_kv_heads)
+            heads = _linear(h, *weights, blocks=blocks).unflatten(-1, (-1, self.head_dim))  # type: ignore[arg-type, misc]
+            return heads if attend.rotary is None else rotate(heads, attend.rotary, groups[0] + groups[1])
 
         weights = (self.in_proj_weight, self.in_proj_bias, *affine_of(norm))
         if recompute and torch.compiler.is_compiling():
-            return recomputed_by_the_compiler(lambda h: self._mix(project(h, *weights), attend, cache), h)
+            return recomputed_by_the_compiler(lambda h: self._mix(project(h, *weights), attend, cache, groups), h)
         with recomputed_in_backward(project, h, *weights, enabled=recompute) as heads:
-            return self._mix(heads, attend, cache)
+            return self._mix(heads, attend, cache, groups)
 
-    def _mix(self, heads: Tensor, attend: Attend, cache: tuple[KVCache, int] | None) -> Tensor:
-        groups = (self.nhead, self.num_kv_heads, self.num_kv_heads)
+    def _groups(self, parts: PartBlocks | None) -> tuple[int, int, int]:
+        """How many heads of query, key and value run."""
+        kv = self.num_kv_heads if parts is None else parts.number
+        return kv * (self.nhead // self.num_kv_heads), kv, kv
+
+    def _mix(
+        self, heads: Tensor, attend: Attend, cache: tuple[KVCache, int] | None, groups: tuple[int, int, int]
+    ) -> Tensor:
         if attend.lengths is not None:
             return self._packed(heads, groups, attend)
         # Split first: in backward the gradients are then put behind one another where the product reads them.
@@ -159,20 +201,28 @@ class Attention(nn.Module):
         return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)
 
     def attend_to(
-        self, h: Tensor, norm: nn.Module | None, memory: Tensor, rows: Tensor | None, attend: Attend
+        self,
+        h: Tensor,
+        norm: nn.Module | None,
+        memory: Tensor,
+        rows: Tensor | None,
+        attend: Attend,
+        parts: PartBlocks | None = None,
     ) -> Tensor:
         """Cross-attention to ``memory`` [B, T, D], of which the samples ``rows`` are read; as ``attend_to_itself``."""
+        query, key_value = (None, None) if parts is None else parts.inner
+        attend = attend.of_heads(parts, self.nhead)
         width = self.nhead * self.head_dim
         weights = self.in_proj_weight.split((width, self.in_proj_weight.shape[0] - width))
         biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split([len(w) for w in weights])
-        q = linear(h, weights[0], biases[0], norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = linear(h, weights[0], biases[0], norm, query).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         def take(memory: Tensor) -> Tensor:
             return memory if rows is None else attend.read(memory, rows)
 
         # memory itself is held once for all layers.
         with recomputed_in_backward(take, memory, enabled=rows is not None) as taken:
-            kv = F.linear(taken, weights[1], biases[1]).unflatten(-1, (-1, self.head_dim))
+            kv = _linear(taken, weights[1], biases[1], None, None, key_value).unflatten(-1, (-1, self.head_dim))
         k, v = kv.transpose(1, 2).chunk(2, dim=1)
         return self._attend(q, k, v, attend).transpose(1, 2).flatten(2)
 
@@ -193,20 +243,31 @@ class Attention(nn.Module):
     def _packed(self, heads: Tensor, groups: tuple[int, int, int], attend: Attend) -> Tensor:
         assert attend.lengths is not None
         alone = Attend(is_causal=attend.is_causal, training=attend.training)
-        found = [heads.new_empty(0, self.nhead * self.head_dim)]
+        found = [heads.new_empty(0, groups[0] * self.head_dim)]
         for part in heads.split([length for length in attend.lengths if length]):
             q, k, v = (heads.transpose(0, 1)[None] for heads in part.split(groups, dim=1))
             found.append(self._attend(q, k, v, alone)[0].transpose(0, 1).flatten(1))
         return torch.cat(found)
 
 
-def linear(h: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> Tensor:
-    """A linear map of h, behind the affine of a norm if there is one."""
-    return _linear(h, weight, bias, *affine_of(norm))
+def linear(
+    h: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None, blocks: Blocks | None = None
+) -> Tensor:
+    """A linear map of h, or some blocks of its rows, behind the affine of a norm if there is one."""
+    return _linear(h, weight, bias, *affine_of(norm), blocks)
 
 
-def _linear(h: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    return F.linear(h, weight, bias) if gamma is None else norm_linear(h, weight, bias, gamma=gamma, beta=beta)
+def _linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    if gamma is None and blocks is None:
+        return F.linear(h, weight, bias)
+    return norm_linear(h, weight, bias, gamma=gamma, beta=beta, blocks=blocks)
 
 
 def affine_of(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from layerdrop_fast import ops
 from layerdrop_fast.nn.attention import Attend
 from layerdrop_fast.nn.residual import Step, add
-from layerdrop_fast.nn.steps import site_table, sites_of
+from layerdrop_fast.nn.steps import Inputs, site_table, sites_of
 from layerdrop_fast.nn.transformer_layer import TransformerLayer, Visit
-from layerdrop_fast.nn.transformer_stack import Inputs, TransformerStack
+from layerdrop_fast.nn.transformer_stack import TransformerStack
 from layerdrop_fast.reference.rows import accumulator, take
 from layerdrop_fast.schedule import FloatArray
 

@@ -34,6 +34,7 @@ def graphable_stack(model: nn.Module) -> TransformerStack:
         "hidden_states": (stack.hidden_states, False),
         "max_kept": (stack.max_kept, None),
         "norm_first": (all(layer.norm_first for layer in stack.layers), True),
+        "rates of": (list(stack.parts.schedules), []),
         "ranks": (distributed.several_ranks(), False),
     }
     if stack.granularity == "batch":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from layerdrop_fast import ops
+from layerdrop_fast.nn.parts import PartBlocks
 from layerdrop_fast.ops import owned_stream
 
 
@@ -23,6 +24,7 @@ class Step(NamedTuple):
     # int32 [K]: where K rows are not numbered by ``rows`` in the masks: packed tokens by their place in a padded batch.
     numbers: Tensor | None = None
     training: bool = False  # whether the layer was in training mode: a recompute may come after stack.eval()
+    parts: PartBlocks | None = None  # the heads or chunks that run; None: all
 
     @property
     def mask_rows(self) -> Tensor | None:

@@ -141,6 +141,10 @@ class LayerDropStack(nn.Module):
         """How many decisions are drawn for each layer."""
         return 1
 
+    def rates(self, step: int) -> FloatArray:
+        """The drop rate of every decision of a plan."""
+        return np.repeat(self.schedule(step), self.units_per_layer)
+
     def plan(self, forward: int | None = None, *, batch_size: int | None = None) -> DropPlan:
         """The plan of training forward number ``forward``; None: of the next one.
 
@@ -153,7 +157,7 @@ class LayerDropStack(nn.Module):
         forward = self.counters.forwards if forward is None else forward
         step, microbatch = divmod(forward, self.counters.accumulation)
         return draw_plan(
-            np.repeat(self.schedule(step), self.units_per_layer),
+            self.rates(step),
             batch_size,
             seed=self.counters.seed,
             step=step,
@@ -205,9 +209,9 @@ class LayerDropStack(nn.Module):
         return Turn(plan, self._kept(plan.to(x.device), batch), counts=not repeated)
 
     def _kept(self, plan: DropPlan, batch: int) -> list[Kept]:
-        density = 1.0 - np.repeat(self.schedule(plan.step), self.units_per_layer)
-        counts = plan.kept_counts
-        units = range(len(counts)) if self.calls_every_layer else plan.layers
+        density, counts = 1.0 - self.rates(plan.step), plan.kept_counts
+        every = len(self.layers) * self.units_per_layer
+        units = range(every) if self.calls_every_layer else [unit for unit in plan.layers if unit < every]
         kept = []
         for unit in units:
             count, rows, scale = counts[unit], None, 1.0
@@ -320,14 +324,23 @@ class LayerDropStack(nn.Module):
         return False
 
     def _count(self, turn: Turn, x: Tensor, batch: int) -> None:
-        shares = np.zeros(len(self.layers) * self.units_per_layer)
-        for unit in turn.kept:
-            shares[unit.unit] = unit.num_rows / max(batch, 1)
         tokens = x.numel() // x.shape[-1] if x.numel() else 0
-        self._statistics.count(shares.reshape(-1, self.units_per_layer).mean(1), batch, tokens, x)
+        self._statistics.count(self._shares(turn, max(batch, 1)), batch, tokens, x)
+
+    def _shares(self, turn: Turn, batch: int) -> FloatArray:
+        """How much of each layer runs, [L, W]."""
+        shares = np.zeros((len(self.layers), 1))
+        for unit in turn.kept:
+            shares[unit.unit] = unit.num_rows / batch
+        return shares
+
+    def _weights(self) -> FloatArray:
+        """Elements of the matrices of each layer, [L, W]."""
+        found = [[sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)] for layer in self.layers]
+        return np.array(found, dtype=np.float64)
 
     def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray | None:
-        """What each layer holds for backward, [L]; None: unknown."""
+        """What each layer holds for backward, [L, W]; None: unknown."""
         return None
 
     def reset_stats(self) -> None:
@@ -336,7 +349,7 @@ class LayerDropStack(nn.Module):
 
     def stats(self) -> StackStats:
         """What was dropped so far; recomputes are not counted. Not part of the state dict."""
-        return self._statistics.of(self.layers, self._bytes_per_token)
+        return self._statistics.of(self._weights(), self._bytes_per_token)
 
     def extra_repr(self) -> str:
         return (

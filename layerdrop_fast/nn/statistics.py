@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerdrop_fast.schedule import FloatArray
 
-# Of x's dtype and autocast's, [L].
+# Of x's dtype and autocast's, [L, W], as the shares are.
 BytesPerToken = Callable[[torch.dtype, torch.dtype | None], FloatArray | None]
 
 
@@ -22,7 +22,8 @@ class StackStats:
     forwards: int
     layers_run: int  # layers that ran for at least one sample
     layers_skipped: int
-    realized_rates: FloatArray  # [L], the share of samples (of forwards, at "batch") that each layer dropped
+    # [L], the share of samples (of forwards, at "batch") that each layer dropped, the mean of its branches.
+    realized_rates: FloatArray
     # Forward and backward products with the matrices among the skipped layers' parameters, 6 * elements * tokens, for
     # x [B, ..., D] and matrices that meet each token once; products of activations with each other not counted.
     flops_skipped: float
@@ -39,30 +40,33 @@ class Statistics:
         self.tokens = 0
         self.dtypes: tuple[torch.dtype, torch.dtype | None] = torch.float32, None  # of x, and autocast's
         self.runs = np.zeros(num_layers, dtype=np.int64)
-        self.samples_run = np.zeros(num_layers, dtype=np.float64)
-        self.tokens_run = np.zeros(num_layers, dtype=np.float64)
+        # [L, W], W as the first forward has it.
+        self.samples_run = np.zeros((num_layers, 1), dtype=np.float64)
+        self.tokens_run = np.zeros((num_layers, 1), dtype=np.float64)
 
     def count(self, shares: FloatArray, samples: int, tokens: int, x: Tensor) -> None:
-        """Adds a forward of so many samples and tokens of x, of which the layers ran the ``shares`` [L]."""
+        """Adds a forward of so many samples and tokens of x, of which the layers ran the ``shares`` [L, W].
+
+        W is 1, or a layer's branches where they may run for other samples or in part.
+        """
         autocast = torch.is_autocast_enabled(x.device.type)
         self.dtypes = x.dtype, torch.get_autocast_dtype(x.device.type) if autocast else None
         self.forwards += 1
         self.samples += samples
         self.tokens += tokens
-        self.runs += shares > 0
-        self.samples_run += shares * samples
-        self.tokens_run += shares * tokens
+        self.runs += shares.any(axis=1)
+        self.samples_run = self.samples_run + shares * samples
+        self.tokens_run = self.tokens_run + shares * tokens
 
-    def of(self, layers: Iterable[nn.Module], bytes_per_token: BytesPerToken) -> StackStats:
-        """The statistics, with the weights of the layers that ran and that did not."""
-        weights = [sum(w.numel() for w in layer.parameters() if w.dim() == 2) for layer in layers]
+    def of(self, weights: FloatArray, bytes_per_token: BytesPerToken) -> StackStats:
+        """The statistics, with the elements of the matrices that ran and that did not, [L, W]."""
         run, skipped = int(self.runs.sum()), self.tokens - self.tokens_run
         held = bytes_per_token(*self.dtypes)
         return StackStats(
             forwards=self.forwards,
             layers_run=run,
             layers_skipped=self.forwards * len(self.runs) - run,
-            realized_rates=1.0 - self.samples_run / max(self.samples, 1),
-            flops_skipped=6.0 * float(np.dot(weights, skipped)),
-            bytes_saved=None if held is None else float(np.dot(held, skipped)),
+            realized_rates=1.0 - self.samples_run.mean(axis=1) / max(self.samples, 1),
+            flops_skipped=6.0 * float((weights * skipped).sum()),
+            bytes_saved=None if held is None else float((held * skipped).sum()),
         )

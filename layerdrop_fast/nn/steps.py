@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from layerdrop_fast import ops
 from layerdrop_fast.nn import distributed
+from layerdrop_fast.nn.attention import Attend, KVCache
 from layerdrop_fast.nn.packed import Packed
+from layerdrop_fast.nn.parts import part_blocks
 from layerdrop_fast.nn.residual import Step
 from layerdrop_fast.nn.transformer_layer import SITES_PER_BRANCH
 from layerdrop_fast.nn.turn import Kept, Turn
@@ -19,6 +22,18 @@ from layerdrop_fast.plan import DropPlan, to_device
 
 if TYPE_CHECKING:
     from layerdrop_fast.nn.transformer_stack import TransformerStack
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward is given besides the stream, as the layers take it."""
+
+    memory: Tensor | None
+    attend: Attend
+    memory_attend: Attend
+    packed: Packed | None
+    cache: KVCache | None
+    steps: dict[int, Step]  # of every kept branch, numbered through the stack
 
 
 def steps_of(stack: TransformerStack, x: Tensor, turn: Turn, packed: Packed | None) -> dict[int, Step]:
@@ -44,7 +59,26 @@ def steps_of(stack: TransformerStack, x: Tensor, turn: Turn, packed: Packed | No
             layer = branch // branches
             rate = 0.0 if key is None else rates[layer]
             steps[branch] = Step(rows, samples, scale, rate, key, site, inner, numbers, layers[layer].training)
+    _add_parts(stack, turn, steps, x.device)
     return steps
+
+
+def _add_parts(stack: TransformerStack, turn: Turn, steps: dict[int, Step], device: torch.device) -> None:
+    """Of branches that run in parts, which; one that keeps none does not run."""
+    found = []
+    for unit in turn.kept:
+        for place, parts in enumerate(unit.parts):
+            branch = unit.unit * len(unit.parts) + place
+            if parts is not None and not parts.kept:
+                del steps[branch]
+            elif parts is not None and not parts.is_whole:
+                layer, number = divmod(branch, stack._branches)
+                found.append((branch, (stack.layers[layer], number, parts)))
+    if found:
+        blocks = part_blocks([kept for _, kept in found], device)
+        steps.update(
+            (branch, steps[branch]._replace(parts=part)) for (branch, _), part in zip(found, blocks, strict=True)
+        )
 
 
 def _packed_rows(

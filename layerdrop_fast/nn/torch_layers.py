@@ -59,12 +59,14 @@ def to_torch(layer: TransformerLayer) -> nn.TransformerEncoderLayer | nn.Transfo
         "norm": layer.norm,
         "activation": layer.activation,
         "num_kv_heads": layer.self_attn.num_kv_heads,
+        "head_dim": layer.self_attn.head_dim,
         "rope_theta": layer.rope_theta,
         "layer_scale": layer.layer_scale1 is not None,
     }
     expected = ours | {
         "norm": "layernorm",
         "num_kv_heads": layer.self_attn.nhead,
+        "head_dim": layer.d_model / layer.self_attn.nhead,  # fewer heads than that were pruned
         "rope_theta": None,
         "layer_scale": False,
     }

@@ -12,6 +12,7 @@ from layerdrop_fast import ops
 from layerdrop_fast._checks import check_choice, check_count, check_rate
 from layerdrop_fast.nn import torch_layers
 from layerdrop_fast.nn.attention import Attend, Attention, KVCache, attention_mask, linear, rotary_tables
+from layerdrop_fast.nn.parts import PartBlocks
 from layerdrop_fast.nn.residual import Step, add, add_and_norm
 from layerdrop_fast.nn.samples import PutBack
 from layerdrop_fast.ops._checks import NORMS
@@ -231,25 +232,28 @@ class TransformerLayer(nn.Module):
         if branch == self.num_branches - 1:
             _check_plain("linear1", self.linear1)
             _check_plain("linear2", self.linear2)
-            u = linear(h, self.linear1.weight, self.linear1.bias, norm)
+            parts = step.parts
+            u = linear(h, self.linear1.weight, self.linear1.bias, norm, None if parts is None else parts.inner[0])
             dropout: dict[str, Any] = {
                 "dropout_p": self.activation_dropout if step.training and step.key is not None else 0.0,
                 "key": step.key,
                 "site": step.inner_site,
             }
             weight, bias = _scaled(self.linear2, factors)
-            return ops.act_linear(u, weight, bias, activation=self.activation, rows=step.mask_rows, **dropout)
+            return ops.act_linear(
+                u, weight, bias, activation=self.activation, rows=step.mask_rows, **dropout, **_of_parts(parts)
+            )
         if branch == 0:
             _check_plain("self_attn.out_proj", self.self_attn.out_proj)
             attend = visit.attend.of(step.rows, step.samples)._replace(training=step.training)
-            y = self.self_attn.attend_to_itself(h, norm, attend, self.recompute == "qkv", visit.cache)
-            return nn.functional.linear(y, *_scaled(self.self_attn.out_proj, factors))
+            y = self.self_attn.attend_to_itself(h, norm, attend, self.recompute == "qkv", visit.cache, step.parts)
+            return _put_out(y, *_scaled(self.self_attn.out_proj, factors), step.parts)
         assert self.multihead_attn is not None
         assert memory is not None
         _check_plain("multihead_attn.out_proj", self.multihead_attn.out_proj)
         attend = visit.memory_attend.of(step.rows)._replace(training=step.training)
-        y = self.multihead_attn.attend_to(h, norm, memory, step.rows, attend)
-        return nn.functional.linear(y, *_scaled(self.multihead_attn.out_proj, factors))
+        y = self.multihead_attn.attend_to(h, norm, memory, step.rows, attend, step.parts)
+        return _put_out(y, *_scaled(self.multihead_attn.out_proj, factors), step.parts)
 
     def _norm(self, branch: int) -> nn.Module:
         return self.get_submodule(f"norm{branch + 1}")
@@ -379,3 +383,15 @@ def _scaled(end: nn.Linear, factors: Tensor | None) -> tuple[Tensor, Tensor | No
     if factors is None:
         return end.weight, end.bias
     return end.weight * factors[:, None], None if end.bias is None else end.bias * factors
+
+
+def _put_out(y: Tensor, weight: Tensor, bias: Tensor | None, parts: PartBlocks | None) -> Tensor:
+    """The output projection, of the heads that run."""
+    if parts is None:
+        return nn.functional.linear(y, weight, bias)
+    return ops.act_linear(y, weight, bias, activation="identity", **_of_parts(parts))
+
+
+def _of_parts(parts: PartBlocks | None) -> dict[str, Any]:
+    """The keywords of ``act_linear``."""
+    return {} if parts is None else {"blocks": parts.outer, "scale": parts.scale}

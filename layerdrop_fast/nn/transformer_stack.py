@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 
-from layerdrop_fast._checks import check_choice, check_count
+from layerdrop_fast._checks import check_count
 from layerdrop_fast.nn.alike import alike
-from layerdrop_fast.nn.attention import Attend, KVCache
+from layerdrop_fast.nn.attention import Attend, KVCache, positions_read
 from layerdrop_fast.nn.compiled import compilable, is_compiled, outside, with_unknown_sizes
-from layerdrop_fast.nn.held_bytes import branch_bytes
+from layerdrop_fast.nn.enclosed import is_enclosed
+from layerdrop_fast.nn.held_bytes import branch_weights, bytes_per_token
 from layerdrop_fast.nn.packed import Packed
+from layerdrop_fast.nn.parts import PartSchedules, Rates, targets_of
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
-from layerdrop_fast.nn.steps import steps_of
+from layerdrop_fast.nn.steps import Inputs, steps_of
 from layerdrop_fast.nn.transformer_layer import TransformerLayer, Visit
-from layerdrop_fast.nn.turn import Kept, Turn
+from layerdrop_fast.nn.turn import Kept, Turn, branch_shares
 from layerdrop_fast.plan import DropPlan
-from layerdrop_fast.schedule import DropSchedule, FloatArray
-
-TARGETS = ("layer", "branch")
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a forward is given besides the stream, as the layers take it."""
-
-    memory: Tensor | None
-    attend: Attend
-    memory_attend: Attend
-    packed: Packed | None
-    cache: KVCache | None
-    steps: dict[int, Step]  # of every kept branch, numbered through the stack
+from layerdrop_fast.schedule import FloatArray
 
 
 class TransformerStack(LayerDropStack):
@@ -58,9 +45,15 @@ class TransformerStack(LayerDropStack):
     Args:
         num_layers: layers; they stand in ``.layers``.
         d_model ... dtype: of each TransformerLayer. There is no norm behind the last layer.
-        schedule, granularity, sampling, scale, seed, accumulation, max_kept, hidden_states: as in LayerDropStack. The
-            residual scale multiplies what a branch adds.
-        target: ``"layer"``, one decision for all branches of a layer; ``"branch"``, one for each.
+        schedule: as in LayerDropStack, of what ``target`` says; or one for each of several targets, for instance
+            ``{"layer": 0.2, "head": 0.1, "ffn_chunk": linear(0.3)}``.
+        granularity, sampling, scale, seed, accumulation, max_kept, hidden_states: as in LayerDropStack. The residual
+            scale multiplies what a branch adds.
+        target: ``"layer"``, one decision for all branches of a layer; ``"branch"``, one for each; ``"head"``, one for
+            each attention head (those that share a key and value head are one); ``"ffn_chunk"``, one for each chunk of
+            the feed-forward network. Products and what is held for backward are those of the kept heads and chunks.
+            Granularity "batch" only, eager, scale "none" or "inverse".
+        ffn_chunks: chunks of a feed-forward network, a divisor of its width.
 
     Raises:
         ValueError, TypeError: as TransformerLayer and LayerDropStack.
@@ -71,8 +64,10 @@ class TransformerStack(LayerDropStack):
     the same graph for all.
 
     Randomness: the plans are ``draw_plan(rates, ...)`` as in LayerDropStack, for target "branch" with each layer's rate
-    once a branch. A dropout mask is a function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0
-    behind the branch, 1 inside)`` for branch b numbered through the stack, and an element's number in [B, S, D].
+    once a branch; behind these come the decisions of heads, then those of chunks, layer by layer. A dropout mask is a
+    function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0 behind the branch, 1 inside)`` for
+    branch b numbered through the stack, and an element's number in [B, S, D]; inside a branch that runs in chunks, in
+    [B, S, F'] with the kept channels F' alone.
 
     Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
     """
@@ -134,9 +129,10 @@ class TransformerStack(LayerDropStack):
         self,
         layers: Sequence[TransformerLayer],
         *,
-        schedule: float | Sequence[float] | DropSchedule = 0.2,
+        schedule: Rates | Mapping[str, Rates] = 0.2,
         granularity: str = "batch",
         target: str = "layer",
+        ffn_chunks: int = 8,
         sampling: str = "bernoulli",
         scale: str = "none",
         seed: int | None = None,
@@ -144,10 +140,10 @@ class TransformerStack(LayerDropStack):
         max_kept: int | None = None,
         hidden_states: bool = False,
     ) -> None:
-        check_choice(target, "target", TARGETS)
+        whole, schedules = targets_of(schedule, target)
         super().__init__(
             layers,
-            schedule,
+            schedules[whole],
             granularity=granularity,
             sampling=sampling,
             scale=scale,
@@ -156,13 +152,15 @@ class TransformerStack(LayerDropStack):
             max_kept=max_kept,
             hidden_states=hidden_states,
         )
-        self.target = target
+        self.target = whole
+        self.parts = PartSchedules.of(schedules, self._each, ffn_chunks)
+        self.parts.check(self.granularity, self.scale)
         self._known_sites: Tensor | None = None
         self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
 
     @classmethod
     def from_layers(
-        cls, layers: Iterable[nn.Module], schedule: float | Sequence[float] | DropSchedule = 0.2, **keywords: Any
+        cls, layers: Iterable[nn.Module], schedule: Rates | Mapping[str, Rates] = 0.2, **keywords: Any
     ) -> TransformerStack:
         """A stack of given layers: TransformerLayers, or torch's, whose parameters are shared, not copied.
 
@@ -180,6 +178,14 @@ class TransformerStack(LayerDropStack):
     @property
     def units_per_layer(self) -> int:
         return self._branches if self.target == "branch" else 1
+
+    def rates(self, step: int) -> FloatArray:
+        """The drop rates of a plan's decisions: of layers or branches, of heads, of chunks, each layer by layer."""
+        return np.concatenate([super().rates(step), *self.parts.rates(self._each, step)])
+
+    @property
+    def _each(self) -> Iterable[TransformerLayer]:
+        return self.layers  # type: ignore[return-value]
 
     @property
     def _first(self) -> TransformerLayer:
@@ -237,7 +243,7 @@ class TransformerStack(LayerDropStack):
         if cu_seqlens is not None:
             excluded = {**masks, "memory": memory, "cache": cache, "is_causal": None}
             return self._packed(x, Packed(cu_seqlens, x.shape[1], max_seqlen), is_causal, position_ids, excluded)
-        past = 0 if cache is None else self._check_cache(cache, x)
+        past = 0 if cache is None else positions_read(cache, self, x)
         attend, memory_attend = self._first.attention(x, memory, **masks, position_ids=position_ids, past=past)
         inputs = Inputs(memory, attend, memory_attend, None, cache, {})
         out = self._forward(x, x.shape[0], (), {"inputs": inputs})
@@ -265,19 +271,6 @@ class TransformerStack(LayerDropStack):
         if self.hidden_states:
             return out[0][None], [state[None] for state in out[1]]
         return out[None]
-
-    def _check_cache(self, cache: KVCache, x: Tensor) -> int:
-        """The positions that the cache has read."""
-        if not isinstance(cache, KVCache):
-            raise TypeError(f"cache: got {type(cache).__name__}, expected a KVCache")
-        if self.training:
-            raise ValueError("cache: got one while training, expected stack.eval()")
-        cache.enter(self, x.shape[0])
-        if cache.length + x.shape[1] > cache.max_len:
-            raise ValueError(
-                f"cache: got {cache.length} positions read and {x.shape[1]} new ones, expected at most {cache.max_len}"
-            )
-        return cache.length
 
     def _run(
         self, x: Tensor, turn: Turn, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -347,7 +340,7 @@ class TransformerStack(LayerDropStack):
     @property
     def _owns_stream(self) -> bool:
         """Whether the stream may be written in place, since nobody but the layers sees it."""
-        if self._compiled is not None or self.hidden_states or any(_is_enclosed(layer) for layer in self.layers):
+        if self._compiled is not None or self.hidden_states or any(is_enclosed(layer) for layer in self.layers):
             return False
         return torch._C._functorch.peek_interpreter_stack() is None  # torch.func
 
@@ -361,6 +354,8 @@ class TransformerStack(LayerDropStack):
 
     def _kept(self, plan: DropPlan, batch: int) -> list[Kept]:
         kept = super()._kept(plan, batch)
+        if self.parts:
+            return self._in_parts(plan, kept)
         if self._compiled is None:
             return kept
         if plan.batch_size is None:
@@ -368,13 +363,30 @@ class TransformerStack(LayerDropStack):
             kept = [unit._replace(rows=everyone[: unit.num_rows]) for unit in kept]
         return with_unknown_sizes(kept)
 
+    def _in_parts(self, plan: DropPlan, kept: list[Kept]) -> list[Kept]:
+        """The units with the heads and chunks that are kept of them; those of which none is kept do not run."""
+        if self.always_rows:
+            raise ValueError("the layers are compiled, expected them eager where heads or chunks are dropped")
+        parts = self.parts.kept(self._each, plan, len(self.layers) * self.units_per_layer, self.scale)
+        per_unit = self._branches // self.units_per_layer
+        kept = [unit._replace(parts=parts[unit.unit * per_unit : (unit.unit + 1) * per_unit]) for unit in kept]
+        return [unit for unit in kept if any(part is None or part.kept for part in unit.parts)]
+
+    def _check(self, x: Tensor, batch: int) -> None:
+        super()._check(x, batch)
+        self.parts.check_depth(len(self.layers))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, target={self.target!r}{self.parts}"
+
+    def _shares(self, turn: Turn, batch: int) -> FloatArray:
+        return branch_shares(turn.kept, len(self.layers), self._branches, self.units_per_layer, batch)
+
+    def _weights(self) -> FloatArray:
+        return np.array([branch_weights(layer) for layer in self._each], dtype=np.float64)
+
     def _bytes_per_token(self, x_dtype: torch.dtype, autocast: torch.dtype | None) -> FloatArray:
-        many = 1 << 20  # what does not depend on tokens is not counted
-        found = [
-            sum(branch_bytes(layer, branch, many, x_dtype, autocast) for branch in range(layer.num_branches)) // many
-            for layer in cast(Iterable[TransformerLayer], self.layers)
-        ]
-        return np.array(found, dtype=np.float64)
+        return bytes_per_token(self._each, x_dtype, autocast)
 
     def _by_layer(self, kept: Sequence[Kept], steps: dict[int, Step]) -> Iterator[tuple[int, list[Step | None]]]:
         """The layers that run, and how each of their branches does."""
@@ -382,11 +394,4 @@ class TransformerStack(LayerDropStack):
         for layer, units in groupby(kept, lambda unit: unit.unit // self.units_per_layer):
             ran = {unit.unit for unit in units}
             numbers = range(layer * branches, (layer + 1) * branches)
-            yield layer, [steps[b] if self.target == "layer" or b in ran else None for b in numbers]
-
-
-def _is_enclosed(layer: nn.Module) -> bool:
-    """Whether something may stand between the stack and the layer: a checkpoint, FSDP, a compiled region, a hook."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    hooked = bool(hooks) or modules._has_any_global_hook()
-    return type(layer) is not TransformerLayer or hooked or "forward" in vars(layer) or is_compiled(layer)
+            yield layer, [steps.get(b) if self.units_per_layer == 1 or b in ran else None for b in numbers]

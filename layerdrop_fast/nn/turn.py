@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
+from layerdrop_fast.nn.parts import Parts
 from layerdrop_fast.plan import DropPlan
+from layerdrop_fast.schedule import FloatArray
 
 
 class Kept(NamedTuple):
@@ -18,6 +21,7 @@ class Kept(NamedTuple):
     rows: Tensor | None  # int32 [K], the samples that keep it, ascending; None: all
     num_rows: int  # K
     scale: float  # the residual scale
+    parts: Sequence[Parts | None] = ()  # of each of its branches; None, or no entry: all of it
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,20 @@ class Turn:
     plan: DropPlan | None  # None in evaluation
     kept: list[Kept]  # ascending
     counts: bool  # whether it is a training forward, and not the recompute of one
+
+
+def branch_shares(kept: Sequence[Kept], layers: int, branches: int, per_layer: int, batch: int) -> FloatArray:
+    """How much of every branch runs, [layers, branches]: the share of samples, times that of its heads or chunks.
+
+    Args:
+        per_layer: units of a layer, 1 or its branches.
+    """
+    per_unit = branches // per_layer
+    shares = np.zeros((layers * per_layer, per_unit))
+    for unit in kept:
+        parts = [1.0 if part is None else len(part.kept) / part.total for part in unit.parts or [None] * per_unit]
+        shares[unit.unit] = np.multiply(parts, unit.num_rows / batch)
+    return shares.reshape(layers, branches)
 
 
 class Piece(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from layerdrop_fast.ops.blocks import Blocks
 from layerdrop_fast.reference.act_linear import ACTIVATIONS
 from layerdrop_fast.reference.philox import FIRST_DROPOUT_SITE, NUM_SITES
 from layerdrop_fast.reference.rows import accumulator
@@ -123,14 +124,38 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
-def check_linear(weight: Tensor, bias: Tensor | None, like: Tensor, channels: int) -> None:
-    """Weight [O, channels] and bias [O]."""
+def check_linear(weight: Tensor, bias: Tensor | None, like: Tensor, channels: int | None) -> None:
+    """Weight [O, channels] (None: any) and bias [O]."""
     check_tensor("weight", weight, *FLOATING)
     check_device("weight", weight, like)
-    if weight.dim() != 2 or weight.shape[1] != channels:
-        raise ValueError(f"weight: got {list(weight.shape)}, expected [O, {channels}]")
+    if weight.dim() != 2 or channels not in (None, weight.shape[1]):
+        raise ValueError(f"weight: got {list(weight.shape)}, expected [O, {'F' if channels is None else channels}]")
     if bias is not None:
         check_vector("bias", bias, like, weight.shape[0])
+
+
+def check_blocks(blocks: Blocks | None, weight: Tensor, dim: int) -> None:
+    """Blocks of the rows (0) or columns (1) of a weight. Values are looked at on the CPU only."""
+    if blocks is None:
+        return
+    if not isinstance(blocks, Blocks):
+        raise TypeError(f"blocks: got {type(blocks).__name__}, expected Blocks(kept, size)")
+    check_tensor("blocks.kept", blocks.kept, torch.int64)
+    if not isinstance(blocks.size, int) or weight.dim() != 2:
+        raise TypeError(
+            f"blocks: got size {blocks.size!r} for a weight {list(weight.shape)}, expected a whole number and [O, F]"
+        )
+    check_device("blocks.kept", blocks.kept, weight)
+    if blocks.kept.dim() != 1 or blocks.size < 1 or weight.shape[dim] % blocks.size:
+        raise ValueError(
+            f"blocks: got {list(blocks.kept.shape)} of size {blocks.size}, expected [k] of a size that divides "
+            f"{weight.shape[dim]}, dimension {dim} of weight {list(weight.shape)}"
+        )
+    total = weight.shape[dim] // blocks.size
+    if readable(blocks.kept):
+        kept = blocks.kept.tolist()
+        if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < total):
+            raise ValueError(f"blocks.kept: got {kept}, expected ascending numbers from 0 to {total - 1}")
 
 
 def check_vector(name: str, value: Tensor, like: Tensor, channels: int) -> None:

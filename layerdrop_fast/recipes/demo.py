@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from layerdrop_fast._progress import stage
 from layerdrop_fast._provenance import machine
 from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.recipes import report
@@ -27,12 +24,13 @@ from layerdrop_fast.recipes.bench.measure import Figures, figures_of, measure
 from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.bench.table import table
 from layerdrop_fast.recipes.bench.ways import WAYS
-from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, load_weights, save_checkpoint
+from layerdrop_fast.recipes.checkpoint import check_same_settings
 from layerdrop_fast.recipes.evaluation import depth_curve
 from layerdrop_fast.recipes.files import RecipeError, locked, read_bytes, write_atomically
-from layerdrop_fast.recipes.progress import StopSignal, stage
+from layerdrop_fast.recipes.run import device_of, environment_of, remove, reproducible, trained_in
+from layerdrop_fast.recipes.stop_signal import StopSignal
 from layerdrop_fast.recipes.text import Corpus, bigram_bits_per_byte, from_file, standard_library, validation_windows
-from layerdrop_fast.recipes.training import DENSE, ModelSize, Progress, Recipe, Stopped, Training, train
+from layerdrop_fast.recipes.training import DENSE, ModelSize, Recipe, Stopped, Training
 from layerdrop_fast.schedule import linear
 
 # The best of the trials in docs/demo-recipe.md.
@@ -77,6 +75,9 @@ class _Demo:
         self.corpus: Corpus = from_file(options.text) if options.text else standard_library()
         length = ModelSize().context + 1
         self.scored = validation_windows(self.corpus.validation, count=EVALUATION_WINDOWS, length=length)
+        if options.restart:  # only now that nothing is wrong with what is asked for
+            for name in ("metrics.json", *(f"{m}{kind}.safetensors" for m in RECIPES for kind in ("", ".training"))):
+                remove(self.out / name)
         self.metrics = self._earlier_metrics()
 
     def training(self, name: str) -> Training:
@@ -84,24 +85,11 @@ class _Demo:
         steps = recipe.steps_of_equal_work(size.num_layers, self.steps)
         return Training(size, recipe, steps, seed=self.options.seed)
 
-    def _environment(self) -> dict[str, Any]:
-        """What the results depend on besides the settings of the trainings."""
-        from layerdrop_fast import __version__
-
-        return {
-            "text": self.corpus.name,
-            "text_sha256": self.corpus.sha256,
-            "device": self.device.type,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "layerdrop_fast": __version__,
-        }
-
     def _earlier_metrics(self) -> dict[str, Any]:
         path = self.out / "metrics.json"
         settings: dict[str, Any] = {name: self.training(name).settings() for name in RECIPES}
         settings = {"layers": self.options.layers, "steps": self.steps, "seed": self.options.seed} | settings
-        settings |= self._environment()
+        settings |= environment_of(self.corpus, self.device)
         if path.exists():
             try:
                 metrics: dict[str, Any] = json.loads(read_bytes(path))
@@ -155,41 +143,16 @@ class _Demo:
         self.save_metrics()
 
     def _trained(self, name: str) -> tuple[TransformerLM, dict[str, Any]]:
-        """The trained model and its record, from its file where it is finished."""
-        training, path = self.training(name), self.out / f"{name}.safetensors"
-        unfinished = self.out / f"{name}.training.safetensors"
-        environment = self._environment() | {"threads": self.metrics["threads"]}
-        if path.exists():
-            tensors, record = load_checkpoint(path)
-            check_same_settings(path, record.get("settings"), training.settings() | environment)
-            model = training.model().to(self.device)
-            load_weights(path, model, tensors)
-            _remove(unfinished)
-            return model, record["result"]
-        with stage(f"train {report.TITLES[name]}", training.steps) as show:
-            trained = train(
-                training,
-                self.corpus.train,
-                device=self.device,
-                checkpoint=unfinished,
-                environment=environment,
-                on_step=lambda progress: show(progress.step, _note(progress)),
-                should_stop=self.stop,
-            )
-        result = {
-            "schedule": str(trained.model.stack.schedule),
-            "scale": training.recipe.scale,
-            "sampling": training.recipe.sampling,
-            "steps": training.steps,
-            "layers_run": trained.layers_run,
-            "share_of_layers_run": trained.layers_run / (training.steps * training.size.num_layers),
-            "training_curve": trained.curve,
-            "seconds": trained.seconds,
-        }
-        record = {"settings": training.settings() | environment, "result": result}
-        save_checkpoint(path, trained.model.state_dict(), record)
-        _remove(unfinished)
-        return trained.model, result
+        return trained_in(
+            self.out,
+            name,
+            self.training(name),
+            self.corpus.train,
+            device=self.device,
+            environment=environment_of(self.corpus, self.device) | {"threads": self.metrics["threads"]},
+            should_stop=self.stop,
+            title=report.TITLES[name],
+        )
 
     @property
     def priced(self) -> Setting:
@@ -225,45 +188,6 @@ class _Demo:
         return None if figures is None else f"One training step: {self.priced.title()}\n{table(figures)}"
 
 
-def _note(progress: Progress) -> str:
-    return (
-        f"loss {progress.bits_per_byte:.2f}  {progress.bytes_per_second / 1000:.1f}k tokens/s  "
-        f"{progress.kept:2d}/{progress.num_layers} layers"
-    )
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device to run on: the one that is asked for, or a GPU where there is one."""
-    gpu = torch.cuda.is_available()
-    if name not in (None, "cpu", "cuda"):
-        raise RecipeError(f"--device is {name!r}, expected cpu or cuda")
-    if name == "cuda" and not gpu:
-        raise RecipeError("--device is cuda, but torch finds no GPU here: leave it out, or see layerdrop-fast info")
-    return torch.device(name or ("cuda" if gpu else "cpu"))
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RecipeError(f"cannot remove {path}: {error.strerror}") from error
-
-
-@contextmanager
-def _reproducible(device: torch.device) -> Iterator[None]:
-    """Leaves torch's number of threads and its choice of algorithms as they were."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    if device.type == "cuda":
-        # cuBLAS reads it when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-
-
 def run_demo(options: Options) -> None:
     """Runs the demo, or takes it up where it was stopped, and prints what it found.
 
@@ -275,10 +199,7 @@ def run_demo(options: Options) -> None:
     if missing:
         raise RecipeError(f"the demo needs {', '.join(missing)}: pip install 'layerdrop_fast[demo]'")
     with StopSignal() as stop, locked(options.out):
-        if options.restart:
-            for name in ("metrics.json", *(f"{m}{kind}.safetensors" for m in RECIPES for kind in ("", ".training"))):
-                _remove(options.out / name)
-        with _reproducible(device_of(options.device)):
+        with reproducible(device_of(options.device)):
             demo = _Demo(options, stop)
             demo.begin()
             print(report.introduction(demo.metrics), flush=True)

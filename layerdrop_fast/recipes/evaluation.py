@@ -1,4 +1,4 @@
-"""Validation bits per byte, of a whole model and of what Every Other leaves of it."""
+"""Validation bits per token, of a whole model and of what Every Other leaves of it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from layerdrop_fast.models import TransformerLM
-from layerdrop_fast.prune import every_other, extract
+from layerdrop_fast.prune import pruning_curve
 from layerdrop_fast.recipes.training import Stopped
 
 ROWS_AT_ONCE = 64
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, scored: npt.NDArray[np.int64]) -> float:
-    """Mean bits per byte on windows [K, T], each byte but a window's first given those before it in the window."""
+def bits_per_token(model: nn.Module, scored: npt.NDArray[np.int64]) -> float:
+    """Mean bits per token on windows [K, T], each token but a window's first given those before it in the window."""
+    assert isinstance(model, TransformerLM)
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
-    predicted = scored.shape[0] * (scored.shape[1] - 1)
     for rows in torch.from_numpy(scored).split(ROWS_AT_ONCE):
         tokens = rows.to(device)
-        logits = model(tokens[:, :-1]).flatten(0, 1)
-        total += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item()
-    return float(total / predicted / math.log(2))
+        total += float(model.loss(tokens[:, :-1], tokens[:, 1:], per_sample=True).double().sum())
+    return total / len(scored) / math.log(2)
 
 
 def depth_curve(
@@ -40,13 +38,13 @@ def depth_curve(
     on_depth: Callable[[int, float], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[int, float]:
-    """Validation bits per byte after a cut to each depth by Every Other, without retraining.
+    """Validation bits per token after a cut to each depth by Every Other, without retraining.
 
     Args:
         model: the trained model; it is left as it is.
         scored: int64 [K, T], the windows to score on.
         depths: numbers of layers to keep, or None for all from the full depth to 1.
-        on_depth: called with each depth and its bits per byte.
+        on_depth: called with each depth and its bits per token.
         should_stop: asked before each depth.
 
     Raises:
@@ -54,12 +52,10 @@ def depth_curve(
 
     Source: Fan, Grave, Joulin 2019, figure 2.
     """
-    num_layers = len(model.stack.layers)
-    curve: dict[int, float] = {}
-    for depth in range(num_layers, 0, -1) if depths is None else depths:
+
+    def evaluate(model: nn.Module) -> float:
         if should_stop():
             raise Stopped
-        curve[depth] = bits_per_byte(extract(model, every_other(num_layers, kept=depth)), scored)
-        if on_depth is not None:
-            on_depth(depth, curve[depth])
-    return curve
+        return bits_per_token(model, scored)
+
+    return pruning_curve(model, evaluate, depths=depths, on_depth=on_depth)

@@ -1,4 +1,4 @@
-"""Files that are either whole or as they were before."""
+"""Files of a run, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from layerdrop_fast._files import replace_atomically
 
 
 class RecipeError(Exception):
@@ -19,33 +21,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         RecipeError: no space, no permission; the file is as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        replace_atomically(path, content)
     except OSError as error:
         before = "what was saved before is untouched" if path.exists() else "nothing was saved"
         raise RecipeError(
             f"cannot write {path}: {error.strerror}; {before}: make room or mend the folder, then run the same "
             "command again"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_bytes(path: Path, limit: int = -1) -> bytes:

@@ -1,4 +1,4 @@
-"""Bytes to learn from, and what a bigram model makes of them."""
+"""Text to learn from as tokens, byte by byte, and what a bigram model makes of it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from layerdrop_fast.recipes.files import RecipeError, read_bytes
 
-Bytes: TypeAlias = npt.NDArray[np.uint8]
+Tokens: TypeAlias = npt.NDArray[Any]  # integers
 
 MIN_BYTES = 20_000
 MAX_BYTES = 64 << 20
@@ -26,15 +26,17 @@ SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "dist-packages",
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text in two parts that share no file (or, of a single file, no byte).
+    """A text in two parts that share no file (or, of a single file, no token).
 
     Shapes:
-        train: uint8 [N]; validation: uint8 [M]
+        train: integers [N]; validation: integers [M]
     """
 
     name: str
-    train: Bytes = field(repr=False)
-    validation: Bytes = field(repr=False)
+    train: Tokens = field(repr=False)
+    validation: Tokens = field(repr=False)
+    vocab_size: int = 256
+    unit: str = "byte"  # what a token is
 
     @property
     def sha256(self) -> str:
@@ -86,29 +88,29 @@ def from_file(path: Path) -> Corpus:
     return Corpus(path.name, text[:cut], text[cut:])
 
 
-def _joined(parts: Iterable[bytes]) -> Bytes:
+def _joined(parts: Iterable[bytes]) -> Tokens:
     return np.frombuffer(b"".join(parts), dtype=np.uint8)
 
 
-def windows(text: Bytes, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """The ``length`` bytes from each start on, int64 [len(starts), length]."""
+def windows(text: Tokens, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    """The ``length`` tokens from each start on, int64 [len(starts), length]."""
     window: npt.NDArray[np.int64] = text[starts[:, None] + np.arange(length)].astype(np.int64)
     return window
 
 
-def batch_of_step(text: Bytes, *, seed: int, step: int, batch: int, length: int) -> npt.NDArray[np.int64]:
+def batch_of_step(text: Tokens, *, seed: int, step: int, batch: int, length: int) -> npt.NDArray[np.int64]:
     """The training windows of a step, int64 [batch, length]: a pure function of the text and the integers."""
     starts = np.random.default_rng([seed, step]).integers(0, len(text) - length + 1, batch)
     return windows(text, starts, length)
 
 
-def validation_windows(text: Bytes, *, count: int, length: int) -> npt.NDArray[np.int64]:
+def validation_windows(text: Tokens, *, count: int, length: int) -> npt.NDArray[np.int64]:
     """Windows at even distances over a text, int64 [at most count, length]; fewer where they would overlap."""
     count = max(1, min(count, len(text) // length))
     return windows(text, np.linspace(0, len(text) - length, count).astype(np.int64), length)
 
 
-def bigram_bits_per_byte(train: Bytes, scored: npt.NDArray[np.int64], smoothing: float = 0.1) -> float:
+def bigram_bits_per_byte(train: Tokens, scored: npt.NDArray[np.int64], smoothing: float = 0.1) -> float:
     """Bits per byte of a bigram model on windows [K, T], each byte but a window's first given the one before.
 
     The model counts all pairs of the training text, plus ``smoothing`` of each of the 256 x 256.

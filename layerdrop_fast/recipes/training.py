@@ -1,8 +1,8 @@
-"""Trains a byte-level TransformerLM so that an interrupted run ends with the same bits as an unbroken one.
+"""Trains a TransformerLM so that an interrupted run ends with the same bits as an unbroken one.
 
-Everything a step does follows from integers (seed and step) and from the state that a checkpoint holds: weights,
-AdamW's moments, the stack's counters, and the losses so far. The model has no ordinary dropout, so that no random state
-is left to save.
+Everything a step does follows from integers (seed and step) and from the state that a checkpoint holds: weights, the
+optimizer's moments, the stack's counters, learned drop rates, and the losses so far. torch's generator, from which some
+masks come, is seeded anew for every step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layerdrop_fast.models import TransformerLM
+from layerdrop_fast.prune import DataDriven
 from layerdrop_fast.recipes.checkpoint import check_same_settings, load_checkpoint, load_weights, save_checkpoint
 from layerdrop_fast.recipes.files import RecipeError
-from layerdrop_fast.recipes.text import Bytes, batch_of_step
+from layerdrop_fast.recipes.text import Tokens, batch_of_step
 from layerdrop_fast.schedule import Depth, DropSchedule, constant, decreasing, uniform
 
 CHECKPOINT_SECONDS = 20.0
@@ -36,23 +36,37 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How layers are dropped: a depth profile, whether it fades to 0 over the run, and LayerDropStack's keywords."""
+    """What is dropped: a depth profile, whether it fades to 0 over the run, and LayerDropStack's keywords."""
 
     depth: Depth
     fade: bool = False  # rates decrease to 0 over the run (``decreasing``)
     scale: str = "none"
     sampling: str = "bernoulli"
+    granularity: str = "batch"
+    target: str = "layer"  # or "branch": what ``depth`` is the rate of
+    heads: float = 0.0  # drop rate of attention heads
+    chunks: float = 0.0  # of chunks of the feed-forward network
+    learned: bool = False  # the rates are learned, with the mean of ``depth`` (``prune.DataDriven``)
 
-    def schedule(self, num_layers: int, steps: int) -> DropSchedule:
-        return DropSchedule(num_layers, self.depth, decreasing(steps) if self.fade else constant())
+    def schedule(self, num_layers: int, steps: int) -> DropSchedule | dict[str, float | DropSchedule]:
+        """As TransformerStack takes it."""
+        schedule = DropSchedule(num_layers, self.depth, decreasing(steps) if self.fade else constant())
+        parts = {name: rate for name, rate in (("head", self.heads), ("ffn_chunk", self.chunks)) if rate}
+        return {self.target: schedule, **parts} if parts else schedule
 
     def density(self, num_layers: int) -> float:
-        """The expected share of the layers that run, over a whole run."""
+        """The expected share of the layers that run, over a whole run; heads and chunks left out."""
         rate = float(np.mean(self.depth(num_layers)))
         return 1.0 - rate * (0.5 if self.fade else 1.0)  # the mean of 1 - t / (T - 1) over t is 1/2
 
     def steps_of_equal_work(self, num_layers: int, dense_steps: int) -> int:
-        """The steps in which as many layers are expected to run as in ``dense_steps`` steps without dropping."""
+        """The steps in which as many layers are expected to run as in ``dense_steps`` steps without dropping.
+
+        Raises:
+            ValueError: no layer ever runs.
+        """
+        if not self.density(num_layers):
+            raise ValueError(f"{self.depth} runs no layer, expected some to run where work is to be equal")
         return round(dense_steps / self.density(num_layers))
 
 
@@ -61,13 +75,21 @@ DENSE = Recipe(uniform(0.0))
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The shape of a byte-level TransformerLM."""
+    """The shape of a TransformerLM; by default it reads bytes."""
 
     num_layers: int = 16
     d_model: int = 64
     nhead: int = 2
     dim_feedforward: int = 256
-    context: int = 64  # bytes of a window that are predicted
+    context: int = 64  # tokens of a window that are predicted
+    vocab_size: int = 256
+    cutoffs: tuple[int, ...] | None = None  # of the adaptive softmax
+    positions: str = "learned"
+    final_norm: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    activation: str = "gelu"
 
 
 @dataclass(frozen=True)
@@ -77,44 +99,57 @@ class Training:
     size: ModelSize
     recipe: Recipe
     steps: int
-    batch: int = 12  # windows a step
+    batch: int = 12  # windows of a microbatch
+    accumulation: int = 1  # microbatches a step
+    optimizer: str = "adamw"  # or "nag": Nesterov's accelerated gradient, without weight decay
     learning_rate: float = 4e-3  # at its peak
+    last_learning_rate: float = 0.02  # share of the peak
     warmup: float = 0.05  # share of the steps over which the learning rate rises
     weight_decay: float = 0.1
+    momentum: float = 0.9  # AdamW's first beta, or Nesterov's
+    clip: float = 1.0  # bound of the gradients' norm
+    dtype: str = "float32"  # of autocast
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
         """The same as flat JSON."""
         size, recipe = dataclasses.asdict(self.size), self.recipe
         others = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("size", "recipe")}
-        drop = {"depth": str(recipe.depth), "fade": recipe.fade, "scale": recipe.scale, "sampling": recipe.sampling}
+        drop = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)} | {"depth": str(recipe.depth)}
         return {**size, **drop, **others}
 
     def learning_rate_at(self, step: int) -> float:
-        """A linear rise, then half a cosine down to 2 % of the peak."""
+        """A linear rise, then half a cosine down to ``last_learning_rate``."""
         rise = self.warmup * self.steps
         if step + 1 < rise:
             return self.learning_rate * (step + 1) / rise
         share = (step - rise) / max(self.steps - rise, 1.0)
-        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0))))
+        last = self.last_learning_rate
+        return self.learning_rate * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0))))
 
     def model(self) -> TransformerLM:
         """The model at step 0, drawn from the seed; torch's generator stands where that left it."""
         torch.manual_seed(self.seed)
-        size = self.size
+        size = dataclasses.asdict(self.size)
+        shape = [size.pop(name) for name in ("vocab_size", "d_model", "nhead", "num_layers", "dim_feedforward")]
+        recipe = self.recipe
         return TransformerLM(
-            256,
-            size.d_model,
-            size.nhead,
-            size.num_layers,
-            size.dim_feedforward,
-            max_len=size.context,
-            dropout=0.0,
-            schedule=self.recipe.schedule(size.num_layers, self.steps),
-            scale=self.recipe.scale,
-            sampling=self.recipe.sampling,
+            *shape,
+            max_len=size.pop("context"),
+            **size,
+            schedule=recipe.schedule(self.size.num_layers, self.steps),
+            scale=recipe.scale,
+            sampling=recipe.sampling,
+            granularity=recipe.granularity,
+            target=recipe.target,
             seed=self.seed,
+            accumulation=self.accumulation,
         )
+
+    @property
+    def mean_rate(self) -> float:
+        """The mean of the depth profile."""
+        return float(np.mean(self.recipe.depth(self.size.num_layers)))
 
 
 @dataclass
@@ -123,10 +158,10 @@ class Progress:
 
     step: int
     steps: int
-    bits_per_byte: float  # of the training bytes, smoothed
-    kept: int  # layers that the last step ran
+    bits: float  # per training token, smoothed
+    kept: float  # layers that the last step ran, the mean of its microbatches and samples
     num_layers: int
-    bytes_per_second: float  # since the run was started or taken up again
+    tokens_per_second: float  # since the run was started or taken up again
 
 
 @dataclass
@@ -134,9 +169,10 @@ class Trained:
     """A finished run."""
 
     model: TransformerLM
-    layers_run: int  # over all steps
-    curve: list[tuple[int, float, float]]  # (last step, mean training bits/byte, mean kept layers) of equal spans
+    layers_run: float  # over all steps, each the mean of its microbatches and samples
+    curve: list[tuple[int, float, float]]  # (last step, mean training bits/token, mean kept layers) of equal spans
     seconds: float  # training, pauses left out
+    learned: DataDriven | None = None
 
 
 class _State:
@@ -145,15 +181,18 @@ class _State:
     def __init__(self, training: Training, device: torch.device) -> None:
         self.training, self.device = training, device
         self.model = training.model().to(device)
-        self.optimizer = _optimizer(self.model, training)
+        self.learned = DataDriven(self.model.stack, training.mean_rate) if training.recipe.learned else None
+        self.optimizer = _optimizer(self.model, self.learned, training)
         self.step, self.seconds = 0, 0.0
         self.bits = torch.zeros(training.steps, dtype=torch.float64)
-        self.kept = torch.zeros(training.steps, dtype=torch.int64)
+        self.kept = torch.zeros(training.steps, dtype=torch.float64)
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.learned is not None:
+            tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items() if tensor is not None}
         tensors |= {"bits": self.bits, "kept": self.kept}
         save_checkpoint(path, tensors, {"settings": settings, "step": self.step, "seconds": self.seconds})
 
@@ -165,47 +204,73 @@ class _State:
             _, index, kind = name.split(".")
             moments.setdefault(int(index), {})[kind] = tensors.pop(name)
         self.bits, self.kept = tensors.pop("bits"), tensors.pop("kept")
-        load_weights(path, self.model, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+        for kind, module in (("model.", self.model), ("learned.", self.learned)):
+            if module is not None:
+                found = {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+                load_weights(path, module, found)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.seconds = record["step"], record["seconds"]
 
-    def train_step(self, text: Bytes) -> None:
+    def train_step(self, text: Tokens) -> None:
         training, step = self.training, self.step
-        length = training.size.context + 1
-        window = batch_of_step(text, seed=training.seed, step=step, batch=training.batch, length=length)
-        tokens = torch.from_numpy(window).to(self.device)
+        length, windows = training.size.context + 1, training.batch * training.accumulation
+        window = batch_of_step(text, seed=training.seed, step=step, batch=windows, length=length)
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate_at(step)
-        kept = len(self.model.stack.plan().layers)
-        loss = F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        if training.size.dropout or training.size.attention_dropout:
+            torch.manual_seed((training.seed << 32 | step) % (1 << 63))
         self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        total = kept = 0.0
+        for tokens in torch.from_numpy(window).to(self.device).chunk(training.accumulation):
+            kept += self._kept_next(len(tokens))
+            total += self._microbatch(tokens)
+        nn.utils.clip_grad_norm_(self.model.parameters(), training.clip)
         self.optimizer.step()
-        self.bits[step], self.kept[step] = loss.item() / math.log(2), kept
+        self.bits[step] = total / training.accumulation / math.log(2)
+        self.kept[step] = kept / training.accumulation
         self.step += 1
+
+    def _kept_next(self, samples: int) -> float:
+        """Layers that the next forward runs; one that runs for half of the samples is half a layer."""
+        stack = self.model.stack
+        plan = stack.plan(batch_size=samples if stack.granularity == "sample" else None)
+        kept = plan.keep[: len(stack.layers) * stack.units_per_layer]
+        return float(kept.double().mean(1).sum()) / stack.units_per_layer
+
+    def _microbatch(self, tokens: Tensor) -> float:
+        """Adds its gradients; returns its loss in nats."""
+        training = self.training
+        autocast = training.dtype != "float32"
+        with torch.autocast(self.device.type, getattr(torch, training.dtype) if autocast else None, enabled=autocast):
+            per_sample = self.learned is not None and training.recipe.granularity == "sample"
+            losses = self.model.loss(tokens[:, :-1], tokens[:, 1:], per_sample=per_sample)
+        loss = losses.mean()
+        (loss / training.accumulation).backward()
+        if self.learned is not None:
+            self.learned.backward(losses)
+        return loss.item()
 
     def finished(self) -> Trained:
         spans = np.array_split(np.arange(self.training.steps), min(CURVE_POINTS, self.training.steps))
-        curve = [
-            (int(span[-1]) + 1, float(self.bits[span].mean()), float(self.kept[span].double().mean())) for span in spans
-        ]
-        return Trained(self.model, int(self.kept.sum()), curve, self.seconds)
+        curve = [(int(span[-1]) + 1, float(self.bits[span].mean()), float(self.kept[span].mean())) for span in spans]
+        return Trained(self.model, float(self.kept.sum()), curve, self.seconds, self.learned)
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, learned: nn.Module | None, training: Training) -> torch.optim.Optimizer:
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=training.weight_decay, fused=True
-    )
+    others = [] if learned is None else list(learned.parameters())
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": [*vectors, *others], "weight_decay": 0.0}]
+    rate, momentum = training.learning_rate, training.momentum
+    if training.optimizer == "nag":
+        return torch.optim.SGD([*matrices, *vectors, *others], lr=rate, momentum=momentum, nesterov=True)
+    return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.99), weight_decay=training.weight_decay, fused=True)
 
 
 def train(
     training: Training,
-    text: Bytes,
+    text: Tokens,
     *,
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
@@ -220,7 +285,7 @@ def train(
 
     Args:
         training: what to train.
-        text: uint8 [N], the bytes to learn from.
+        text: integers [N], the tokens to learn from.
         device: where to train.
         checkpoint: the file to go on from and to save to; None saves nothing.
         environment: further JSON values that the result depends on; a checkpoint made with others is refused.
@@ -250,20 +315,21 @@ def train(
             state.save(checkpoint, settings)
             saved = time.monotonic()
         if on_step is not None:
-            rate = (state.step - begun_at) * training.batch * training.size.context / (now - begun)
+            tokens = training.batch * training.accumulation * training.size.context
+            rate = (state.step - begun_at) * tokens / (now - begun)
             on_step(_progress(state, rate))
         if stop:
             raise Stopped
     return state.finished()
 
 
-def _progress(state: _State, bytes_per_second: float) -> Progress:
+def _progress(state: _State, tokens_per_second: float) -> Progress:
     recent = state.bits[max(0, state.step - 30) : state.step]
     return Progress(
         step=state.step,
         steps=state.training.steps,
-        bits_per_byte=float(recent.mean()),
-        kept=int(state.kept[state.step - 1]),
+        bits=float(recent.mean()),
+        kept=float(state.kept[state.step - 1]),
         num_layers=state.training.size.num_layers,
-        bytes_per_second=bytes_per_second,
+        tokens_per_second=tokens_per_second,
     )

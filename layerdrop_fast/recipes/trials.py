@@ -8,21 +8,17 @@ Every result is written when it is there; a second call does only what is missin
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from layerdrop_fast._provenance import provenance
 from layerdrop_fast.recipes.demo import DENSE_STEPS, EVALUATION_WINDOWS
 from layerdrop_fast.recipes.evaluation import depth_curve
-from layerdrop_fast.recipes.files import read_bytes, write_atomically
+from layerdrop_fast.recipes.pool import run_missing
 from layerdrop_fast.recipes.text import bigram_bits_per_byte, standard_library, validation_windows
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Recipe, Training, train
 from layerdrop_fast.schedule import alternating, linear, uniform
@@ -97,19 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     size = ModelSize(num_layers=options.layers)
-    results = json.loads(read_bytes(options.out))["results"] if options.out.exists() else []
-    done = {(run["trial"], run["seed"]) for run in results}
-    wanted = [(name, seed) for seed in options.seeds for name in options.trials if (name, seed) not in done]
     command = ["python", "-m", "layerdrop_fast.recipes.trials", *(sys.argv[1:] if arguments is None else arguments)]
-    # Fresh processes: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_trial, name, seed, size, options.steps) for name, seed in wanted]
-        for future in as_completed(futures):
-            results.append(future.result())
-            print(f"{results[-1]['trial']}, seed {results[-1]['seed']}: {results[-1]['bits_per_byte']}", flush=True)
-            content = {"provenance": {**provenance(command), "threads": "1"}, "results": results}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(options.out, (json.dumps(content, indent=1) + "\n").encode())
+    results = run_missing(
+        options.out,
+        {(name, seed): (name, seed, size, options.steps) for seed in options.seeds for name in options.trials},
+        run_trial,
+        lambda run: (run["trial"], run["seed"]),
+        jobs=options.jobs,
+        command=command,
+        tell=lambda run: print(f"{run['trial']}, seed {run['seed']}: {run['bits_per_byte']}", flush=True),
+    )
     print(markdown(results))
     return 0
 

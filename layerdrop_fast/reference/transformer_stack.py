@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def transformer_stack(
     added: Tensor | None = None,
     memory_added: Tensor | None = None,
     position_ids: Tensor | None = None,
+    parts: Mapping[int, Tensor] | None = None,
 ) -> list[Tensor]:
     """The stream behind every layer.
 
@@ -39,6 +41,8 @@ def transformer_stack(
         key: int32 [4], of the masks; None: no dropout.
         added: [B or 1, nhead or 1, S, S], added to the scores; memory_added: the same for memory, [..., S, T].
         position_ids: int64 [B, S], of rotary positions.
+        parts: of branches that are kept in parts, by unit: f64 [heads, those that share a key and value as one, or
+            chunks], what each is multiplied by, 0 where it is dropped.
     """
     states = []
     for number, layer in enumerate(stack.layers):
@@ -49,13 +53,14 @@ def transformer_stack(
                 site, inner = (torch.tensor(256 + 2 * unit + i, dtype=torch.int32) for i in range(2))
                 norm = getattr(layer, f"norm{branch + 1}")
                 h = normalise(x, norm) if layer.norm_first else x
+                part = None if parts is None else parts.get(unit)
                 if branch == branches - 1:
-                    y = feed_forward(layer, h, key, inner)
+                    y = feed_forward(layer, h, key, inner, part)
                 elif branch == 0:
-                    y = attention(layer.self_attn, h, h, added, layer.rope_theta, position_ids)
+                    y = attention(layer.self_attn, h, h, added, layer.rope_theta, position_ids, part)
                 else:
                     assert memory is not None
-                    y = attention(layer.multihead_attn, h, memory, memory_added, None, None)
+                    y = attention(layer.multihead_attn, h, memory, memory_added, None, None, part)
                 factors = getattr(layer, f"layer_scale{branch + 1}")
                 y = y if factors is None else y * factors
                 new = x + scales[unit].to(x.dtype) * dropout(y, None, layer.dropout, key, site)
@@ -72,16 +77,27 @@ def normalise(x: Tensor, norm: Any) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def feed_forward(layer: Any, h: Tensor, key: Tensor | None, site: Tensor) -> Tensor:
-    """``linear2(dropout(activation(linear1(h))))``."""
+def feed_forward(layer: Any, h: Tensor, key: Tensor | None, site: Tensor, chunks: Tensor | None) -> Tensor:
+    """``linear2(chunks * dropout(activation(linear1(h))))``; the masks are those of the kept channels alone."""
     a, _ = ACTIVATIONS[layer.activation](layer.linear1(h))
-    return layer.linear2(dropout(a, None, layer.activation_dropout, key, site))  # type: ignore[no-any-return]
+    if chunks is None:
+        return layer.linear2(dropout(a, None, layer.activation_dropout, key, site))  # type: ignore[no-any-return]
+    factors = chunks.repeat_interleave(a.shape[-1] // len(chunks)).to(a.dtype)
+    kept = factors.nonzero()[:, 0]
+    masked = dropout(a[..., kept], None, layer.activation_dropout, key, site)
+    return layer.linear2(factors * torch.zeros_like(a).index_copy(-1, kept, masked))  # type: ignore[no-any-return]
 
 
 def attention(
-    weights: Any, h: Tensor, source: Tensor, added: Tensor | None, theta: float | None, position_ids: Tensor | None
+    weights: Any,
+    h: Tensor,
+    source: Tensor,
+    added: Tensor | None,
+    theta: float | None,
+    position_ids: Tensor | None,
+    heads: Tensor | None,
 ) -> Tensor:
-    """``out(softmax(q k^T / sqrt(d)) v)`` of each head; q from h, k and v from the source."""
+    """``out(heads * softmax(q k^T / sqrt(d)) v)`` of each head; q from h, k and v from the source."""
     groups = [n * weights.head_dim for n in (weights.nhead, weights.num_kv_heads, weights.num_kv_heads)]
     matrices = weights.in_proj_weight.split(groups)
     biases = [None] * 3 if weights.in_proj_bias is None else weights.in_proj_bias.split(groups)
@@ -95,7 +111,10 @@ def attention(
     k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(weights.head_dim)
     scores = scores if added is None else scores + added
-    return weights.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    found = scores.softmax(-1) @ v
+    if heads is not None:
+        found = found * heads.repeat_interleave(shared)[:, None, None].to(found.dtype)
+    return weights.out_proj(found.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def rotary(heads: Tensor, theta: float, position_ids: Tensor | None) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
+from layerdrop_fast._progress import stage
 from layerdrop_fast._provenance import provenance
 from layerdrop_fast.recipes.files import RecipeError
-from layerdrop_fast.recipes.progress import stage
 from layerdrop_fast.triton.configurations import (
     OPS,
     Configuration,

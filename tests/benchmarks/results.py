@@ -62,6 +62,14 @@ def memory():
     return [benchmark("memory", way, figures(way, Setting()), course=course) for way in ways]
 
 
+def parts():
+    return [
+        benchmark("parts", f"{p}-{way}", figures(way, Setting(layers=12, p=p)))
+        for p in (0.0, 0.5)
+        for way in ("layers", "branches", "heads", "chunks", "heads and chunks")
+    ]
+
+
 def content(benchmarks, date="2026-01-01T00:00:00+00:00", commit=COMMIT):
     return {
         "machine_info": dict(ABOUT),

@@ -64,7 +64,7 @@ def test_files_that_hold_none_of_the_suites_are_left_out(results):
     stored(results, rows=rows, demo={"provenance": {}}, trials=[1, 2], steps=content(step()))
     assert [contest.suite for contest in read(results).contests] == ["step"]
     (results / "Linux" / "steps.json").unlink()
-    refusal(results, "no results of step, depth, memory")
+    refusal(results, "no results of step, depth, memory, parts")
 
 
 def test_what_is_not_there_or_no_json_is_refused(results):

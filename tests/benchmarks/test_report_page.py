@@ -24,6 +24,7 @@ from tests.benchmarks.results import (
     depth,
     judged,
     memory,
+    parts,
     step,
     steps,
     stored,
@@ -31,7 +32,7 @@ from tests.benchmarks.results import (
 
 
 def test_everything_is_written_between_its_markers(results, root, capsys):
-    stored(results, one=content(steps()), two=content(depth() + memory(), "2026-01-02T00:00:00+00:00", OTHER))
+    stored(results, one=content(steps()), two=content(depth() + memory() + parts(), "2026-01-02T00:00:00+00:00", OTHER))
     before, _, rest = (root / README).read_text().partition("<!-- report:step-table -->")
     after = rest.partition("<!-- /report:step-table -->")[2]
     assert main([str(results), "--root", str(root)]) == 0
@@ -63,9 +64,10 @@ def test_everything_is_written_between_its_markers(results, root, capsys):
 @pytest.mark.parametrize(
     ("rows", "drawn", "lacking"),
     [
-        (step, {"steps"}, ["depth", "memory"]),
-        (depth, {"depth"}, ["step", "memory"]),
-        (memory, {"course", "bounds", "recompute"}, ["step", "depth"]),
+        (step, {"steps"}, ["depth", "memory", "parts"]),
+        (depth, {"depth"}, ["step", "memory", "parts"]),
+        (memory, {"course", "bounds", "recompute"}, ["step", "depth", "parts"]),
+        (parts, {"parts"}, ["step", "depth", "memory"]),
     ],
 )
 def test_what_is_missing_is_said_and_the_rest_is_made(results, root, capsys, rows, drawn, lacking):
@@ -81,10 +83,12 @@ def test_what_is_missing_is_said_and_the_rest_is_made(results, root, capsys, row
 
 
 def test_plots_differ_with_what_they_show(results):
-    found = plots(read(stored(results, all=content(steps() + depth() + memory()))))
-    changed = judged(steps() + depth() + memory(), ours=lambda row: {"saved_bytes": 7 * MIB, "peak_bytes": 9 * MIB})
+    found = plots(read(stored(results, all=content(steps() + depth() + memory() + parts()))))
+    changed = judged(
+        steps() + depth() + memory() + parts(), ours=lambda row: {"saved_bytes": 7 * MIB, "peak_bytes": 9 * MIB}
+    )
     other = plots(read(stored(results, all=content(changed))))
-    assert {name for name in PLOTS if found[name].png != other[name].png} == set(PLOTS) - {"course"}
+    assert {name for name in PLOTS if found[name].png != other[name].png} == set(PLOTS) - {"course", "parts"}
     assert all(len(picture.png) > 10_000 for picture in found.values())
     shown = [contest.by_way()["dense"].setting for contest in found["steps"].contests]
     assert [(of.granularity, of.p) for of in shown] == [(of, p) for of in BY_GRANULARITY for p in RATES]

@@ -146,7 +146,7 @@ def test_gradients_agree_with_finite_differences():
         ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
         ({"schedule": -0.1}, "drop rate"),
         ({"scale": "half"}, "scale is 'half'"),
-        ({"max_len": None}, "max_len is None without rope_theta, expected how many positions are learned"),
+        ({"max_len": None}, "max_len is None without rope_theta, expected how many positions there are"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):

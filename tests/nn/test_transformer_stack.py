@@ -283,7 +283,7 @@ def test_bad_input_is_named_and_counts_nothing(given, message):
 
 def test_bad_settings_are_named():
     for keywords, message in (
-        ({"target": "head"}, r"target is 'head', expected one of \('layer', 'branch'\)"),
+        ({"target": "sublayer"}, r"target is 'sublayer', expected one of \('layer', 'branch', 'head', 'ffn_chunk'\)"),
         ({"num_kv_heads": 3}, "d_model 12, nhead 2, num_kv_heads 3: expected each to be a multiple of the next"),
         ({"activation": "elu"}, "activation is 'elu', expected one of"),
         ({"recompute": "all"}, r"recompute is 'all', expected one of \('qkv',\)"),

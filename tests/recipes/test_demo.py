@@ -14,11 +14,11 @@ import torch
 
 from layerdrop_fast.cli import main
 from layerdrop_fast.recipes import demo as module
-from layerdrop_fast.recipes import training
+from layerdrop_fast.recipes import run, training
 from layerdrop_fast.recipes.bench.measure import Figures
 from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.checkpoint import load_checkpoint
-from layerdrop_fast.recipes.evaluation import bits_per_byte
+from layerdrop_fast.recipes.evaluation import bits_per_token
 from layerdrop_fast.recipes.text import from_file, validation_windows
 
 RESULTS = {"dense.safetensors", "layerdrop.safetensors", "depth.png", "training.png", "metrics.json", "report.html"}
@@ -80,7 +80,7 @@ def test_the_checkpoint_is_the_model_that_was_measured(unbroken, text):
     scored = validation_windows(from_file(text).validation, count=8, length=size.context + 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(metrics["threads"])
-    assert bits_per_byte(model, scored) == metrics["models"]["layerdrop"]["bits_per_byte"]["3"]
+    assert bits_per_token(model, scored) == metrics["models"]["layerdrop"]["bits_per_byte"]["3"]
     torch.set_num_threads(threads)
 
 
@@ -88,7 +88,7 @@ def test_a_second_call_trains_nothing_and_reports_again(unbroken, text, monkeypa
     before = (unbroken / "metrics.json").read_bytes()
     page = (unbroken / "report.html").read_bytes()
     (unbroken / "report.html").unlink()
-    monkeypatch.setattr(module, "train", None)
+    monkeypatch.setattr(run, "train", None)
     monkeypatch.setattr(module, "depth_curve", None)
     assert main(arguments(text, unbroken)) == 0
     assert (unbroken / "metrics.json").read_bytes() == before

@@ -1,5 +1,6 @@
 """Training: learns, spends what it says, and resumes to the same bits."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import torch
 
 from layerdrop_fast.recipes import training as module
 from layerdrop_fast.recipes.checkpoint import load_checkpoint, save_checkpoint
-from layerdrop_fast.recipes.evaluation import bits_per_byte, depth_curve
+from layerdrop_fast.recipes.evaluation import bits_per_token, depth_curve
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.text import validation_windows
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Recipe, Stopped, Training, train
@@ -21,7 +22,7 @@ TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, dty
 
 
 def short(recipe=DROPPING, steps=12, **changes):
-    return Training(SIZE, recipe, steps, batch=4, **changes)
+    return Training(**{"size": SIZE, "recipe": recipe, "steps": steps, "batch": 4, **changes})
 
 
 def bits_of(trained):
@@ -62,6 +63,59 @@ def test_a_run_stopped_thrice_ends_with_the_same_bits(tmp_path, recipe):
         torch.manual_seed(77)  # another process would stand elsewhere
     assert_same(train(short(recipe), TEXT, checkpoint=path), unbroken)
     assert_same(train(short(recipe), TEXT, checkpoint=path), unbroken)  # from the finished checkpoint
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        short(Recipe(uniform(0.5), learned=True), 32),
+        short(Recipe(uniform(0.5), learned=True, granularity="sample"), 32),
+        short(Recipe(uniform(0.2), heads=0.4, chunks=0.5)),
+        short(Recipe(uniform(0.2), target="branch", granularity="sample", scale="inverse", fade=True)),
+        short(optimizer="nag", learning_rate=0.1, momentum=0.99, accumulation=3, clip=0.1),
+        short(size=dataclasses.replace(SIZE, dropout=0.2, attention_dropout=0.2, activation_dropout=0.2)),
+        short(size=dataclasses.replace(SIZE, cutoffs=(40, 110), positions="sinusoidal", final_norm=False)),
+        short(dtype="bfloat16"),
+    ],
+    ids=["learned", "learned by sample", "parts", "branches", "nag", "dropout", "adaptive", "bfloat16"],
+)
+def test_every_kind_of_training_goes_on_with_the_same_bits(tmp_path, training):
+    unbroken = train(training, TEXT)
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(Stopped):
+        train(training, TEXT, checkpoint=path, should_stop=StopAfter(5))
+    torch.manual_seed(77)
+    resumed = train(training, TEXT, checkpoint=path)
+    assert_same(resumed, unbroken)
+    if unbroken.learned is not None:
+        assert torch.equal(resumed.learned.rates, unbroken.learned.rates)
+        assert unbroken.learned.rates.std() > 0
+
+
+def test_microbatches_make_the_step_of_one_batch():
+    alike = {"optimizer": "nag", "learning_rate": 0.05, "clip": 1e9}  # AdamW and clipping hide a gradient's size
+    one, several = (train(short(DENSE, batch=batch, accumulation=12 // batch, **alike), TEXT) for batch in (12, 4))
+    assert [bits for _, bits, _ in several.curve] == pytest.approx([bits for _, bits, _ in one.curve], rel=1e-4)
+    assert several.layers_run == one.layers_run == 48
+
+
+def test_the_optimizer_is_the_one_that_is_named():
+    training = short(optimizer="nag", learning_rate=0.5, momentum=0.99)
+    optimizer = module._optimizer(training.model(), None, training)
+    assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.5, 0.99, True, 0)
+    assert len(group["params"]) == len(list(training.model().parameters()))
+
+
+def test_a_recipe_names_what_it_drops():
+    recipe = Recipe(uniform(0.2), target="branch", heads=0.3, chunks=0.4)
+    assert {name: getattr(rate, "depth", rate) for name, rate in recipe.schedule(4, 10).items()} == {
+        "branch": uniform(0.2),
+        "head": 0.3,
+        "ffn_chunk": 0.4,
+    }
+    assert Recipe(linear(0.6)).schedule(4, 10).depth == linear(0.6)
 
 
 def test_a_run_killed_in_a_step_goes_on_from_the_last_whole_one(tmp_path, monkeypatch, every_step_saved):
@@ -114,7 +168,7 @@ def test_the_seed_decides(tmp_path):
 
 def test_the_model_learns_and_loses_less_by_a_cut_when_layers_were_dropped():
     scored = validation_windows(TEXT, count=32, length=17)
-    before = bits_per_byte(short().model(), scored)
+    before = bits_per_token(short().model(), scored)
     trained = train(short(steps=150, learning_rate=1e-2), TEXT)
     after = depth_curve(trained.model, scored)
     assert before > 7
@@ -146,7 +200,7 @@ def test_progress_is_told_after_each_step():
     train(short(steps=5), TEXT, on_step=told.append)
     assert [progress.step for progress in told] == [1, 2, 3, 4, 5]
     assert all(progress.num_layers == 4 and 0 <= progress.kept <= 4 for progress in told)
-    assert all(progress.bits_per_byte > 0 and progress.bytes_per_second > 0 for progress in told)
+    assert all(progress.bits > 0 and progress.tokens_per_second > 0 for progress in told)
 
 
 def test_the_learning_rate_rises_then_falls():
@@ -164,7 +218,7 @@ def test_a_loss_that_is_no_number_ends_the_run_without_saving_it(tmp_path, monke
 
     def poison(progress):
         if progress.step == 3:
-            monkeypatch.setattr(module.F, "cross_entropy", lambda x, _: x.sum() * math.nan)
+            monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda x, _: x.sum() * math.nan)
 
     with pytest.raises(RecipeError, match="loss of step 3 is not finite"):
         train(short(), TEXT, checkpoint=path, on_step=poison)
@@ -179,7 +233,7 @@ def test_scoring_is_mean_bits_of_the_predicted_bytes():
     with torch.no_grad():
         chances = model.eval()(tokens[:, :-1]).double().softmax(-1)
     picked = chances.gather(2, tokens[:, 1:, None])
-    assert bits_per_byte(model, scored) == pytest.approx(-picked.log2().mean().item(), rel=1e-6)
+    assert bits_per_token(model, scored) == pytest.approx(-picked.log2().mean().item(), rel=1e-6)
     assert len(scored) == 70  # more than one portion
 
 

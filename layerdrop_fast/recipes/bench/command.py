@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerdrop_fast._progress import stage
 from layerdrop_fast._provenance import provenance
 from layerdrop_fast.recipes.bench.measure import ROUNDS, makers_of, measure
 from layerdrop_fast.recipes.bench.setting import Setting
 from layerdrop_fast.recipes.bench.table import table
 from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY
 from layerdrop_fast.recipes.files import RecipeError, write_atomically
-from layerdrop_fast.recipes.progress import StopSignal, stage
+from layerdrop_fast.recipes.stop_signal import StopSignal
 from layerdrop_fast.recipes.training import Stopped
 
 

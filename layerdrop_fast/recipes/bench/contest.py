@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerdrop_fast.nn import TransformerLayer, TransformerStack
+from layerdrop_fast.plan import DropPlan
 from layerdrop_fast.recipes.bench.setting import DTYPES, Setting
 from layerdrop_fast.recipes.bench.ways import Layers, Way
 from layerdrop_fast.reference.transformer_stack import transformer_stack
@@ -56,7 +57,7 @@ class Contest:
         way = self.ways[name]
         if way.runs_dropped:
             return float(self.setting.layers)
-        return float(way.kept(self.setting.plan(turn)).sum()) / self.setting.samples
+        return float(way.kept_branches(self.setting.plan(turn)).sum()) / 2 / self.setting.samples
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,7 +112,7 @@ class Contest:
         found = {"output": out.detach(), "gradient of x": x.grad}
         found |= {f"gradient of layer {weight}": of.grad for weight, of in self.names.items()}
         self.zero_grad()
-        expected = self._expected(way.kept(plan).to(x.device), way.scale(plan), x.detach().double(), target.double())
+        expected = self._expected(way, plan, x.detach().double(), target.double())
         for what, value in expected.items():
             got, zeros = found[what], way.runs_dropped and value is None
             if got is None or (value is None and not zeros):
@@ -123,13 +124,16 @@ class Contest:
             if not error <= limit:
                 raise Disagreement(f"{name}: relative error of {what} is {error:.1e}, expected at most {limit:.0e}")
 
-    def _expected(self, keep: Tensor, scale: float, x: Tensor, target: Tensor) -> dict[str, Tensor | None]:
+    def _expected(self, way: Way, plan: DropPlan, x: Tensor, target: Tensor) -> dict[str, Tensor | None]:
         exact = [copy.deepcopy(layer).double() for layer in self.layers]
         stack = TransformerStack.from_layers(exact, 0.0, seed=0)
-        scales = torch.full((2 * len(exact),), scale, dtype=torch.float64)
+        keep, scales = (
+            way.kept_branches(plan).to(x.device),
+            torch.full((2 * len(exact),), way.scale(plan), dtype=torch.float64),
+        )
         x.requires_grad_()
         # Of nothing at all the result is x itself.
-        out = transformer_stack(stack, x, keep=keep.repeat_interleave(2, 0), scales=scales)[-1]
+        out = transformer_stack(stack, x, keep=keep, scales=scales, parts=way.kept_parts(plan))[-1]
         (out * 1).backward(target)
         gradients = {f"gradient of layer {name}": of.grad for name, of in nn.ModuleList(exact).named_parameters()}
         return {"output": out.detach(), "gradient of x": x.grad, **gradients}

@@ -6,7 +6,7 @@ A way is made to keep what a plan keeps, as far as its rule allows; ``kept`` say
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerdrop_fast.nn import LayerDropStack, TransformerLayer, TransformerStack, set_step
+from layerdrop_fast.nn.parts import Parts
 from layerdrop_fast.plan import DropPlan, draw_plan
 from layerdrop_fast.recipes.bench.peers import Masked, RunAndDiscard, SampleSkip, Skip, Subset
 from layerdrop_fast.recipes.bench.setting import Setting
@@ -52,6 +53,14 @@ class Way:
     def scale(self, plan: DropPlan) -> float:
         """What a branch is multiplied by."""
         return 1.0
+
+    def kept_branches(self, plan: DropPlan) -> Tensor:
+        """The same of every branch, bool [2 L, B]."""
+        return self.kept(plan).repeat_interleave(2, 0)
+
+    def kept_parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
+        """Which heads or chunks of which branches run, where that is fewer than all."""
+        return None
 
     def follow(self, plan: DropPlan | None) -> None:
         """Makes the next forward keep ``kept(plan)``; None: what the rule draws."""
@@ -262,6 +271,47 @@ class OursWay(StackWay):
             layer.recompute = self.recompute
         self.stack = TransformerStack.from_layers(converted, self.setting.p, **self.keywords, **self.more)
         return converted
+
+
+class PartsWay(OursWay):
+    """TransformerStack with a decision for each head, each chunk of the feed-forward network, or both.
+
+    Args:
+        targets: of ``TransformerStack``'s schedule, all at the setting's rate.
+    """
+
+    def __init__(self, layers: Layers, setting: Setting, *, targets: Sequence[str]) -> None:
+        self.targets = targets
+        super().__init__(layers, setting)
+
+    def make(self, layers: Layers) -> Sequence[nn.Module]:
+        converted = ours(layers, self.setting)
+        rates = dict.fromkeys(self.targets, self.setting.p)
+        self.stack = self.drawn = TransformerStack.from_layers(converted, rates, **self.keywords)
+        return converted
+
+    def decide(self, turn: int, x: Tensor) -> object:
+        return self.drawn.plan(turn).layers
+
+    def kept_branches(self, plan: DropPlan) -> Tensor:
+        units = self.drawn.plan(plan.step).keep[: len(self.drawn.layers) * self.drawn.units_per_layer]
+        keep = units.repeat_interleave(2 // self.drawn.units_per_layer, 0)
+        some = torch.tensor([part is None or bool(part.kept) for part in self._parts(plan)])
+        return (keep & some[:, None]).expand(-1, self.setting.samples)
+
+    def kept_parts(self, plan: DropPlan) -> Mapping[int, Tensor] | None:
+        masks = {}
+        for branch, part in enumerate(self._parts(plan)):
+            if part is not None:
+                masks[branch] = torch.zeros(part.total, dtype=torch.float64, device=self.setting.device)
+                masks[branch][list(part.kept)] = part.scale
+        return masks
+
+    def _parts(self, plan: DropPlan) -> list[Parts | None]:
+        """What is kept of every branch."""
+        stack, layers = self.drawn, list(self.drawn.layers)
+        first = len(layers) * stack.units_per_layer
+        return stack.parts.kept(layers, stack.plan(plan.step), first, stack.scale)
 
 
 class LimitWay(Way):

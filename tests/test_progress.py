@@ -1,12 +1,8 @@
 """What a user sees of a run that is under way."""
 
-import os
-import signal
 import sys
 
-import pytest
-
-from layerdrop_fast.recipes import progress
+from layerdrop_fast import _progress as progress
 
 
 def test_without_a_terminal_the_end_of_a_stage_is_one_plain_line(capsys):
@@ -34,15 +30,3 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "━" in printed
     assert "loss 1.5 bits/byte" in printed
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_handlers_come_back(number):
-    before = signal.getsignal(number)
-    with progress.StopSignal() as stopped:
-        assert not stopped()
-        os.kill(os.getpid(), number)
-        assert stopped()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    assert signal.getsignal(number) is before

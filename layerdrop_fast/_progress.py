@@ -1,16 +1,13 @@
-"""Shows how far a run is: a live bar in a terminal, a line now and then elsewhere. Stops it on Ctrl-C."""
+"""Shows how far a run is: a live bar in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from types import FrameType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -54,35 +51,3 @@ def _lines(title: str, total: int) -> Iterator[Update]:
             print(f"{title}: {done}/{total}  {note}  {now - begun:.0f} s", flush=True)
 
     yield update
-
-
-class StopSignal:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that the run asks for; a second one stops at once.
-
-    with StopSignal() as stopped:
-        while not stopped():
-            work()
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._before: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def __enter__(self) -> StopSignal:
-        # Python lets only the main thread handle signals.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True

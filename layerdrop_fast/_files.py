@@ -1,0 +1,37 @@
+"""Files that are either whole or as they were before."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def replace_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file in one move: whoever reads, also after a crash, finds the old content or the new.
+
+    Processes that write the same file at once do not disturb each other: the last one's content stays.
+
+    Raises:
+        OSError: no space, no permission; the file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt too: no other call would use the same name
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

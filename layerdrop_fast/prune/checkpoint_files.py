@@ -1,0 +1,50 @@
+"""Cutting checkpoint files of any kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerdrop_fast.prune.pruned import Choose, Pruned
+from layerdrop_fast.prune.safetensors_files import prune_folder, prune_safetensors_file
+from layerdrop_fast.prune.torch_files import prune_torch_file
+
+SAFETENSORS = (".safetensors",)
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def prune_checkpoint(source: Path | str, out: Path | str, choose: Choose, *, progress: bool = False) -> Pruned:
+    """Writes a checkpoint of a network cut to fewer layers.
+
+    ``source`` is a safetensors file; a folder as transformers saves it, with ``config.json`` and
+    ``model.safetensors``, in shards or not; or a file of ``torch.save`` with state dicts in it, of which all are cut
+    (the model's, an EMA's), and the optimizers' and the options that say how many layers there are, wherever they
+    stand. Such a file is read with ``weights_only=True``: nothing in it is executed. ``out`` is a file or folder of the
+    same kind.
+
+    An optimizer is cut by the names of its parameters. One without names must have a single group and the parameters of
+    the model in the model's order; buffers with well-known names are left out of account.
+
+    Args:
+        choose: called with the lists of layers that the checkpoint has, {prefix: number of layers}; returns
+            {prefix: layers to keep}.
+        progress: show how many shards are done.
+
+    Raises:
+        ValueError: as ``prune_state_dict`` and ``prune_config``; a source of another kind or broken; an ``out`` of
+            another kind or that exists; shards outside of the folder; state dicts or optimizers of which it is not
+            clear what belongs to which layer. OSError: a file cannot be read or written. ``source`` is never written,
+            and ``out`` is there whole or not at all.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists, expected a new name")
+    if source.is_dir():
+        if out.suffix in (*SAFETENSORS, *TORCH):
+            raise ValueError(f"{out} is named like a file, expected the name of a folder, as {source} is one")
+        return prune_folder(source, out, choose, progress)
+    for suffixes, prune in ((SAFETENSORS, prune_safetensors_file), (TORCH, prune_torch_file)):
+        if source.suffix in suffixes:
+            if out.suffix not in suffixes:
+                raise ValueError(f"{out} is of another kind than {source}, expected {' or '.join(suffixes)}")
+            return prune(source, out, choose)
+    raise ValueError(f"{source} is none of a folder, {', '.join((*SAFETENSORS, *TORCH))}")

@@ -1,0 +1,102 @@
+"""Cutting configs: the number of layers, and whatever a config says of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# T5 calls the encoder's num_layers. BART repeats it as num_hidden_layers.
+ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
+DECODER = ("decoder_layers", "num_decoder_layers")
+ONLY = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+
+
+def prune_config(
+    config: Mapping[str, Any], keep: Mapping[str, Sequence[int]], num_layers: Mapping[str, int]
+) -> dict[str, Any]:
+    """A config, for instance transformers' ``config.json``, of a network cut to ``keep``.
+
+    The number of layers stands under ``num_hidden_layers``, ``n_layer``, ...; in a config that has ``decoder_layers``
+    or ``num_decoder_layers``, under that for a prefix with "decoder" in it, and under ``encoder_layers``,
+    ``num_layers``, ... for one with "encoder". It may stand in an inner config, such as ``text_config``, whose name is
+    part of the prefix where there are several. Lists beside it that have "layer" in their names and one entry a layer,
+    such as ``layer_types``, are cut too. T5's decoder has as many layers as ``num_layers`` says where the config has no
+    ``num_decoder_layers``, which is written then.
+
+    Args:
+        config: is left as it is.
+        keep: as for ``prune_state_dict``.
+        num_layers: how many layers each list has, by the same prefixes.
+
+    Raises:
+        ValueError: no number of layers, or another than ``num_layers``.
+    """
+    pruned = _with_decoder(config)
+    for prefix, indices in keep.items():
+        total = num_layers[prefix]
+        part, names = _counts(pruned, prefix, total)
+        for name in names:
+            part[name] = len(indices)
+        for name, value in part.items():
+            if isinstance(value, list) and len(value) == total and "layer" in str(name) and _belongs(name, prefix):
+                part[name] = [value[index] for index in indices]
+    return pruned
+
+
+def says_layers(config: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a config has a number of layers for such a list, right or wrong."""
+    parts = _parts(_with_decoder(config), "")
+    return any(_is_count(part.get(name)) for _, part in parts for name in _names(part, prefix))
+
+
+def _with_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config in which the decoder's number of layers is not left to its default, T5's ``num_layers``."""
+    filled = copy.deepcopy(dict(config))
+    for _, part in _parts(filled, ""):
+        said = any(_is_count(part.get(name)) for name in DECODER)
+        if part.get("is_encoder_decoder") and not said and _is_count(part.get("num_layers")):
+            part["num_decoder_layers"] = part["num_layers"]
+    return filled
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _counts(config: dict[str, Any], prefix: str, total: int) -> tuple[dict[str, Any], list[str]]:
+    """The part of a config that has the number of layers of a list, and the names it has there."""
+    found = []
+    for place, part in _parts(config, ""):
+        names = [name for name in _names(part, prefix) if _is_count(part.get(name))]
+        if names:
+            found.append((place, part, names))
+    right = [(place, part, names) for place, part, names in found if part[names[0]] == total]
+    if len(right) > 1:
+        right = [row for row in right if row[0].removesuffix("_config") in prefix] or right
+    if len(right) != 1:
+        said = {f"{place}.{name}".lstrip("."): part[name] for place, part, names in found for name in names}
+        raise ValueError(f"the config says {said}, expected the {total} layers of {prefix!r} in one place of it")
+    _, part, names = right[0]
+    return part, [name for name in names if part[name] == total]
+
+
+def _names(part: Mapping[str, Any], prefix: str) -> Sequence[str]:
+    if any(name in part for name in DECODER):
+        return DECODER if "decoder" in prefix else ENCODER
+    if part.get("is_encoder_decoder") and "decoder" in prefix:
+        return DECODER
+    return ENCODER[:2] + ONLY if "encoder" in prefix else ONLY
+
+
+def _parts(config: dict[str, Any], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A config and the configs in it, by their names."""
+    yield place, config
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _parts(value, str(name))
+
+
+def _belongs(name: str, prefix: str) -> bool:
+    """Whether a list is of this side, where its name says one."""
+    return all(side not in name or side in prefix for side in ("encoder", "decoder"))

@@ -1,0 +1,93 @@
+"""The lists of layers in a model: found by name, checked, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from torch import nn
+
+from layerdrop_fast._checks import check_count
+from layerdrop_fast.nn.layer_drop_list import LayerDropModuleList, every_layer
+from layerdrop_fast.nn.stack import LayerDropStack
+from layerdrop_fast.nn.transformer_stack import TransformerStack
+from layerdrop_fast.schedule import DropSchedule, per_layer
+
+# Which layers to keep: of the only list, or of each list by its name.
+Keep: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+def checked_keep(model: nn.Module, keep: Keep) -> dict[str, list[int]]:
+    """The indices to keep of each list of layers, by the name of its stack where it has one.
+
+    Raises:
+        ValueError: as ``extract``.
+    """
+    by_name = keep if isinstance(keep, Mapping) else {only_list(model): keep}
+    lists = {name: layers_of(model, name) for name in by_name}
+    _check_apart(lists)
+    return {stack_of(model, name): _checked(name, indices, lists[name]) for name, indices in by_name.items()}
+
+
+def only_list(model: nn.Module) -> str:
+    """The name of the only LayerDropStack or LayerDropModuleList."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LayerDropStack | LayerDropModuleList)]
+    if len(names) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(names)} LayerDropStacks and LayerDropModuleLists {names}, expected 1; "
+            "name the lists to cut: {name: keep}"
+        )
+    return str(names[0])
+
+
+def stack_of(model: nn.Module, name: str) -> str:
+    """The name of the stack where ``name`` is that of a LayerDropStack's inner list, else ``name``."""
+    owner, _, last = name.rpartition(".")
+    inner = last == "layers" and isinstance(dict(model.named_modules()).get(owner), LayerDropStack)
+    return owner if inner else name
+
+
+def layers_of(model: nn.Module, name: str) -> nn.ModuleList:
+    """The layers of a LayerDropStack or a list of layers, by its name."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
+    layers = module.layers if isinstance(module, LayerDropStack) else module
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{name!r} is a {type(module).__name__}, expected a LayerDropStack or a list of layers")
+    return layers
+
+
+def cut(module: nn.Module, keep: Sequence[int]) -> None:
+    """Leaves only the layers ``keep`` in a stack or a list of layers, in place."""
+    if isinstance(module, LayerDropStack):
+        cut(module.layers, keep)
+        depth = per_layer(module.schedule.depth_rates[list(keep)].tolist())
+        module.schedule = DropSchedule(len(keep), depth, module.schedule.time)
+        if isinstance(module, TransformerStack):
+            module.parts = module.parts.cut(keep)
+        module._proven = set()
+        module.reset_stats()
+    elif isinstance(module, nn.ModuleList):
+        layers = every_layer(module)
+        # A dict of its own: where the list is to be as it was before, the old one is put back.
+        module._modules = {str(number): layers[index] for number, index in enumerate(keep)}
+
+
+def _check_apart(lists: Mapping[str, nn.ModuleList]) -> None:
+    """No list stands under two names, or within another one, whose layers would be others when it is cut."""
+    for name, layers in lists.items():
+        for other, within in lists.items():
+            if other != name and any(module is layers for module in within.modules()):
+                how = "are the same list" if within is layers else "are a list and one of its layers' own"
+                raise ValueError(f"{other!r} and {name!r} {how} of layers, expected lists apart from each other")
+
+
+def _checked(name: str, keep: Sequence[int], layers: nn.ModuleList) -> list[int]:
+    indices = [check_count(index, "layer to keep", 0) for index in keep]
+    if not indices or indices != sorted(set(indices)) or indices[-1] >= len(layers):
+        raise ValueError(
+            f"layers to keep of {name!r} are {indices}, expected at least one of 0 to {len(layers) - 1}, ascending"
+        )
+    return indices

@@ -1,0 +1,28 @@
+"""What a checkpoint is cut to, and what the cut was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from layerdrop_fast.prune.state_dict import checked_keep, layer_lists, number_of_layers, renamed
+
+# From the lists of layers that were found, {prefix: layers}, to what to keep of each.
+Choose = Callable[[dict[str, int]], Mapping[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was cut."""
+
+    kept: dict[str, list[int]]
+    layers: dict[str, int]  # that each list had
+    bytes_before: int
+    bytes_after: int
+
+
+def planned(sizes: Mapping[str, int], choose: Choose) -> Pruned:
+    """What will be cut of a state dict with these entries, in bytes."""
+    keep = checked_keep(sizes, choose(layer_lists(sizes)))
+    after = sum(size for name, size in sizes.items() if renamed(name, keep) is not None)
+    return Pruned(keep, {prefix: number_of_layers(sizes, prefix) for prefix in keep}, sum(sizes.values()), after)

@@ -1,0 +1,91 @@
+"""A trained network at a smaller depth for a while, without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from layerdrop_fast._checks import check_count
+from layerdrop_fast.nn.stack import LayerDropStack
+from layerdrop_fast.prune.lists import Keep, checked_keep, cut, layers_of, only_list
+
+STATE = ("schedule", "parts", "_proven", "_statistics")  # of a stack, beside its layers
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextmanager
+def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
+    """Within the block, ``model`` has only the layers in ``keep``; behind it, however that ends, all of them.
+
+    What ``extract`` gives without copying a weight: the same layers, renumbered from 0. An optimizer, a state dict and
+    ``parameters()`` within the block see these layers only. A step that is taken within the block trains them. Where
+    ``train()`` or ``eval()`` within the block change the mode of a list, its other layers follow behind it.
+
+        with skip_layers(model, every_other(16, kept=8)) as smaller:
+            loss = evaluate(smaller)
+
+    Args:
+        model, keep: as for ``extract``.
+
+    Raises:
+        ValueError: as ``extract``; the model is as it was.
+
+    Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3.
+    """
+    wanted = checked_keep(model, keep)
+    lists = [layers_of(model, name) for name in wanted]
+    before = [(layers, layers._modules, layers.training) for layers in lists]
+    stacks = [vars(stack) for stack in map(model.get_submodule, wanted) if isinstance(stack, LayerDropStack)]
+    states = [{name: stack[name] for name in STATE if name in stack} for stack in stacks]
+    try:
+        for name, indices in wanted.items():
+            cut(model.get_submodule(name), indices)
+        yield model
+    finally:
+        for layers, modules, training in before:
+            left = set(layers.children())
+            vars(layers)["_modules"] = modules
+            if layers.training != training:
+                for layer in set(layers.children()) - left:
+                    layer.train(layers.training)
+        for stack, state in zip(stacks, states, strict=True):
+            stack.update(state)
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Behind the block, each module is in training or evaluation mode as it was before."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def early_exit(model: Model, layer: int, name: str | None = None) -> Iterator[Model]:
+    """Within the block, ``model`` runs only its first ``layer`` layers; what comes behind the last runs as before.
+
+        with early_exit(model, 8) as draft:
+            tokens = draft.generate(prompt, 4)
+
+    Args:
+        model: as for ``extract``.
+        layer: how many layers run, 1 to L: the 0-based index of the first one that does not.
+        name: which list of layers, by its name; None: the only one.
+
+    Raises:
+        ValueError: a number out of range; a name that is no list of layers. TypeError: a number of another kind.
+
+    Source: Elhoushi et al. 2024 (arXiv 2404.16710).
+    """
+    name = only_list(model) if name is None else name
+    depth = len(layers_of(model, name))
+    if not 1 <= check_count(layer, "layer", 1) <= depth:
+        raise ValueError(f"layer is {layer}, expected 1 to {depth}, the layers of {name!r}")
+    with skip_layers(model, {name: range(layer)}) as smaller:
+        yield smaller

@@ -1,0 +1,71 @@
+"""python -m layerdrop_fast.recipes.experiments --out results.json [--text FILE] [--seeds 0 1 2] [--networks NAME ...]
+
+Every result is written when it is there; a second call does only what is missing. ``--report FOLDER`` draws the plots
+and prints the tables of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerdrop_fast.recipes.experiments.runs import NETWORKS, STEPS, run
+from layerdrop_fast.recipes.experiments.summary import comparable, plots, tables
+from layerdrop_fast.recipes.files import RecipeError, write_atomically
+from layerdrop_fast.recipes.pool import read_results, run_missing
+from layerdrop_fast.recipes.text import from_file, standard_library
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m layerdrop_fast.recipes.experiments",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, JSON")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text (default: Python's standard library)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="networks at a time, one thread each (%(default)s)")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only report what is there: plots go here")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options, sys.argv[1:] if arguments is None else list(arguments))
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, given: list[str]) -> int:
+    if options.report is None:
+        # Files by their names: paths say nothing to others.
+        files = {str(path): path.name for path in (options.text, options.out) if path is not None}
+        named = [files.get(word, word) for word in given]
+        text = (standard_library() if options.text is None else from_file(options.text)).sha256
+        run_missing(
+            options.out,
+            {
+                (name, seed, text, options.steps): (name, seed, options.text, options.steps)
+                for seed in options.seeds
+                for name in options.networks
+            },
+            run,
+            lambda result: (result["network"], result["seed"], result["text"]["sha256"], result["steps"]),
+            jobs=options.jobs,
+            command=["python", "-m", "layerdrop_fast.recipes.experiments", *named],
+            tell=lambda result: print(f"{result['network']}, seed {result['seed']}: {result['curve']}", flush=True),
+        )
+    results = comparable(read_results(options.out))
+    if options.report is not None:
+        options.report.mkdir(parents=True, exist_ok=True)
+        for name, content in plots(results).items():
+            write_atomically(options.report / name, content)
+    print(tables(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

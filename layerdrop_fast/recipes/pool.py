@@ -1,0 +1,71 @@
+"""Many runs beside each other, each result kept in one JSON file as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from layerdrop_fast._provenance import provenance
+from layerdrop_fast.recipes.files import RecipeError, read_bytes, write_atomically
+
+Result = dict[str, Any]
+
+
+def read_results(path: Path) -> list[Result]:
+    """What a file holds.
+
+    Raises:
+        RecipeError: it cannot be read, or is no file of results.
+    """
+    try:
+        found: list[Result] = json.loads(read_bytes(path))["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path} is no file of results: {error!r}") from error
+    return found
+
+
+def run_missing(
+    out: Path,
+    wanted: Mapping[Hashable, tuple[Any, ...]],
+    run: Callable[..., Result],
+    key: Callable[[Result], Hashable],
+    *,
+    jobs: int,
+    command: Sequence[str],
+    tell: Callable[[Result], None],
+) -> list[Result]:
+    """``run(*arguments)`` for what the file does not hold yet, in processes of their own; returns all results.
+
+    Args:
+        out: the file; made where there is none.
+        wanted: arguments that can be pickled, by the key of their result.
+        key: of a result.
+        jobs: runs at a time.
+        command: what is noted in the file.
+        tell: called with each new result.
+
+    Raises:
+        RecipeError: the file is no such file. What the first run that failed raised, when all others have ended.
+    """
+    results = read_results(out) if out.exists() else []
+    there = {key(result) for result in results}
+    failed: list[BaseException] = []
+    # Fresh processes: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(run, *arguments) for name, arguments in wanted.items() if name not in there]
+        for future in as_completed(futures):
+            if error := future.exception():
+                failed.append(error)
+                continue
+            results.append(future.result())
+            content = {"provenance": {**provenance(command), "threads": "1"}, "results": results}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())
+            tell(results[-1])
+    if failed:
+        raise failed[0]
+    return results

@@ -1,0 +1,93 @@
+"""prune_config, on configs as transformers and fairseq have them."""
+
+import pytest
+
+from layerdrop_fast.prune import prune_config
+
+BART = {"encoder_layers": 6, "decoder_layers": 6, "num_hidden_layers": 6, "encoder_layerdrop": 0.2, "d_model": 8}
+T5 = {"num_layers": 6, "num_decoder_layers": 6, "d_model": 8}
+T5_SHORT = {"num_layers": 6, "is_encoder_decoder": True}
+QWEN = {
+    "num_hidden_layers": 4,
+    "layer_types": ["full", "sliding", "full", "sliding"],
+    "max_window_layers": 4,
+    "vocab": [1, 2, 3, 4],
+}
+BOTH = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 4}}
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix", "total", "changed"),
+    [
+        ({"num_hidden_layers": 12, "hidden_size": 8}, "bert.encoder.layer", 12, {"num_hidden_layers": 2}),
+        ({"n_layer": 12}, "transformer.h", 12, {"n_layer": 2}),
+        (BART, "model.decoder.layers", 6, {"decoder_layers": 2}),
+        (BART, "model.encoder.layers", 6, {"encoder_layers": 2, "num_hidden_layers": 2}),
+        (T5, "encoder.block", 6, {"num_layers": 2}),
+        (T5, "decoder.block", 6, {"num_decoder_layers": 2}),
+        (T5_SHORT, "decoder.block", 6, {"num_decoder_layers": 2}),
+        (T5_SHORT, "encoder.block", 6, {"num_layers": 2, "num_decoder_layers": 6}),
+        ({**T5_SHORT, "num_decoder_layers": None}, "decoder.block", 6, {"num_decoder_layers": 2}),
+        (QWEN, "model.layers", 4, {"num_hidden_layers": 2, "layer_types": ["full", "sliding"]}),
+        (BOTH, "text_model.layers", 4, {"text_config": {"num_hidden_layers": 2}}),
+        (
+            {"text_config": {"num_hidden_layers": 4}, "model_type": "x"},
+            "layers",
+            4,
+            {"text_config": {"num_hidden_layers": 2}},
+        ),
+    ],
+)
+def test_the_number_of_layers_is_found(config, prefix, total, changed):
+    before = repr(config)
+    assert prune_config(config, {prefix: [0, 3]}, {prefix: total}) == {**config, **changed}
+    assert repr(config) == before
+
+
+def test_both_sides_at_once():
+    keep = {"encoder.layers": [0], "decoder.layers": [0, 1]}
+    small = prune_config(BART, keep, {"encoder.layers": 6, "decoder.layers": 6})
+    assert (small["encoder_layers"], small["decoder_layers"], small["num_hidden_layers"]) == (1, 2, 1)
+
+
+def test_lists_of_the_other_side_stay():
+    config = {"encoder_layers": 3, "decoder_layers": 3, "decoder_layer_types": [1, 2, 3], "layer_scales": [4, 5, 6]}
+    small = prune_config(config, {"encoder.layers": [0, 2]}, {"encoder.layers": 3})
+    assert small == {**config, "encoder_layers": 2, "layer_scales": [4, 6]}
+
+
+def test_a_count_of_something_else_stays():
+    config = {"num_hidden_layers": 4, "depth": 7, "n_layers": 4}
+    small = prune_config(config, {"layers": [0, 2]}, {"layers": 4})
+    assert small == {"num_hidden_layers": 2, "depth": 7, "n_layers": 2}
+
+
+def test_only_integers_are_counts():
+    config = {"num_hidden_layers": 1, "depth": True, "n_layer": 1.0, "n_layers": "1"}
+    small = prune_config(config, {"layers": [0]}, {"layers": 1})
+    assert all(type(small[name]) is type(config[name]) and small[name] == config[name] for name in config)
+    for other in (4.0, "4", None):
+        with pytest.raises(ValueError, match=r"the config says \{\}, expected the 4 layers"):
+            prune_config({"num_hidden_layers": other}, {"layers": [0]}, {"layers": 4})
+
+
+def test_names_that_are_numbers():
+    config = {"num_hidden_layers": 2, 3: [1, 2]}
+    assert prune_config(config, {"layers": [0]}, {"layers": 2}) == {"num_hidden_layers": 1, 3: [1, 2]}
+    with pytest.raises(ValueError, match="in one place of it"):
+        prune_config({**config, 7: {"num_hidden_layers": 2}}, {"7.layers": [0]}, {"7.layers": 2})
+
+
+def test_an_encoder_and_decoder_with_one_number_is_refused():
+    with pytest.raises(ValueError, match=r"the config says \{\}, expected the 4 layers of 'decoder.layers'"):
+        prune_config(
+            {"num_hidden_layers": 4, "is_encoder_decoder": True}, {"decoder.layers": [0]}, {"decoder.layers": 4}
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"), [({"num_hidden_layers": 11}, "layers"), ({"d_model": 3}, "layers"), (BOTH, "layers")]
+)
+def test_a_config_of_another_model_is_refused(config, prefix):
+    with pytest.raises(ValueError, match="expected the 4 layers of 'layers' in one place"):
+        prune_config(config, {prefix: [0]}, {prefix: 4})

@@ -1,0 +1,164 @@
+"""The experiments: what is trained and measured, and what is told of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from layerdrop_fast.prune import every_other, extract
+from layerdrop_fast.recipes.evaluation import bits_per_token
+from layerdrop_fast.recipes.experiments import __main__ as command
+from layerdrop_fast.recipes.experiments import measures, runs, summary
+from layerdrop_fast.recipes.experiments.runs import NETWORKS
+from layerdrop_fast.recipes.pool import read_results
+from layerdrop_fast.recipes.text import from_file, validation_windows
+from layerdrop_fast.recipes.training import DENSE, ModelSize, Recipe, Training, train
+from layerdrop_fast.schedule import uniform
+
+ROOT = Path(__file__).parents[2]
+SMALL = ModelSize(num_layers=4, d_model=16, nhead=4, dim_feedforward=32, context=16)
+TEXT = b"the quick brown fox jumps over the lazy dog. " * 600
+BYTES = np.frombuffer(TEXT, dtype=np.uint8)
+WINDOWS = validation_windows(BYTES, count=8, length=17)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(TEXT)
+    return path
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(runs, "WINDOWS", 8)
+    monkeypatch.setattr(measures, "SEARCHED", 2)
+
+
+def trained(recipe=DENSE):
+    return train(Training(SMALL, recipe, 12, batch=2), BYTES)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_trained_and_measured(name, text, few):
+    found = runs.run(name, 0, text, 12, SMALL)
+    network = NETWORKS[name]
+    assert set(found["curve"]) == {"4", "3", "2", "1"}
+    wanted = {"strategies": network.strategies, "importance": network.importance, "parts": network.parts}
+    assert {measure: measure in found for measure in wanted} == wanted
+    assert 0 < found["share_of_layers_run"] <= 1
+    steps = round(12 / network.recipe.density(4)) if network.equal_work else 12
+    assert found["settings"]["steps"] == steps
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_importance_is_measured_of_one_seed(text, few):
+    assert "importance" not in runs.measured(NETWORKS["dense"], trained(), from_file(text), SMALL, seed=1)
+
+
+def test_strategies_choose_half_and_are_judged_on_other_windows(few):
+    made = trained(Recipe(uniform(0.5), learned=True))
+    found = measures.strategies(made.model, made.learned, WINDOWS[::2], WINDOWS[1::2])
+    kept = {name: row["keep"] for name, row in found.items()}
+    assert kept["every other"] == [0, 2]
+    assert kept["first half"] == [0, 1]
+    assert kept["last half"] == [2, 3]
+    assert kept["data-driven"] == made.learned.keep(2)
+    for row in found.values():
+        assert row["bits"] == pytest.approx(bits_per_token(extract(made.model, row["keep"]), WINDOWS[1::2]))
+    searched = found["search"]
+    chosen = bits_per_token(extract(made.model, searched["keep"]), WINDOWS[::2][:2])
+    assert searched["chosen_on"] == pytest.approx(chosen)
+    assert chosen <= bits_per_token(extract(made.model, [0, 2]), WINDOWS[::2][:2]) + 1e-9
+
+
+def test_without_every_other_branch_the_others_compute_what_they_did():
+    model = trained().model.eval()
+    tokens = torch.from_numpy(WINDOWS)
+    expected = model.token_embedding(tokens[:, :16]) + model.position_embedding.weight[:16]
+    for number, layer in enumerate(model.stack.layers):
+        h = layer.norm2(expected) if number % 2 else layer.norm1(expected)
+        if number % 2:
+            expected = expected + layer.linear2(torch.nn.functional.gelu(layer.linear1(h)))
+        else:
+            attend, _ = layer.attention(h, None, is_causal=True)
+            attended = layer.self_attn.attend_to_itself(h, None, attend, False, None)
+            expected = expected + layer.self_attn.out_proj(attended)
+    found = measures.without_every_other_branch(model)(tokens[:, :16])
+    torch.testing.assert_close(found, model.head(model.norm(expected)), rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_every_kind_of_part_is_taken_out():
+    model = trained().model
+    found = measures.parts(model, WINDOWS)
+    assert found["nothing"] == pytest.approx(bits_per_token(model, WINDOWS))
+    assert found["layers"] == pytest.approx(bits_per_token(extract(model, every_other(4, kept=2)), WINDOWS))
+    assert len(set(found.values())) == 7
+
+
+def result(network, seed, bits, **more):
+    curve = {"2": bits, "1": bits + 1}
+    settings = {"steps": 1200}
+    return {
+        "network": network,
+        "seed": seed,
+        "curve": curve,
+        "settings": settings,
+        "share_of_layers_run": 0.8,
+        "bigram": 3.5,
+        **more,
+    }
+
+
+def test_tables_have_means_and_deviations():
+    strategies = {"every other": {"bits": 2.5}, "search": {"bits": 2.25}}
+    results = [
+        result("layers 0.2", 1, 2.5, strategies=strategies),
+        result("layers 0.2", 0, 2.0, strategies=strategies),
+        result("dense", 0, 3.0, parts={"nothing": 3.0, "heads": 3.25}),
+    ]
+    lines = summary.tables(results).splitlines()
+    assert "| network | seeds | steps | layers run | 2 layers |" in lines
+    assert "| dense | 1 | 1,200 | 80% | 3.000 |" in lines
+    assert "| layers 0.2 | 2 | 1,200 | 80% | 2.250 ± 0.354 |" in lines
+    assert "| layers 0.2 | 2.500 ± 0.000 | 2.250 ± 0.000 | +0.250 |" in lines
+    assert "| dense | 3.000 | 3.250 |" in lines
+
+
+def test_plots_are_of_what_there_is():
+    importance = {"kept": 1, "values": [[2.0, 2.5], [3.0]]}
+    results = [result("dense", 0, 3.0, importance=importance), result("2026 recipe, equal work", 0, 2.5)]
+    found = summary.plots(results)
+    assert set(found) == {"depth.png", "recipe.png", "importance.png"}
+    assert all(content.startswith(b"\x89PNG") for content in found.values())
+    assert set(summary.plots(results[1:])) == {"recipe.png"}
+
+
+def test_the_command_does_what_is_missing_and_reports(text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "results.json"
+    arguments = ["--out", str(out), "--text", str(text), "--steps", "2", "--jobs", "1", "--seeds", "0"]
+    assert command.main([*arguments, "--networks", "heads 0.2"]) == 0
+    content = json.loads(out.read_text())
+    assert [run["network"] for run in content["results"]] == ["heads 0.2"]
+    assert str(tmp_path) not in content["provenance"]["command"]
+    first = capsys.readouterr().out
+    assert "| heads 0.2 | 1 | 2 |" in first
+    assert command.main([*arguments, "--networks", "heads 0.2"]) == 0
+    assert json.loads(out.read_text())["results"] == content["results"]
+    assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 0
+    assert "| heads 0.2 | 1 | 2 |" in capsys.readouterr().out
+    content["results"].append({**content["results"][0], "text": {"name": "another", "sha256": "0"}})
+    out.write_text(json.dumps(content))
+    assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
+    assert "got results of ['another, 2 steps', 'text, 2 steps'], expected" in capsys.readouterr().err
+    out.write_text("[]")
+    assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
+    assert "results.json is no file of results" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_was_measured():
+    results = read_results(ROOT / "benchmarks/results/cpu-2core/experiments-austen.json")
+    page = (ROOT / "docs/experiments.md").read_text()
+    assert f"<!-- tables -->\n{summary.tables(results)}\n<!-- /tables -->" in page

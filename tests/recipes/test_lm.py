@@ -1,0 +1,131 @@
+"""``layerdrop-fast train lm``, as a user calls it."""
+
+import json
+import re
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layerdrop_fast import cli
+from layerdrop_fast.recipes import lm
+
+SENTENCE = "the quick brown fox jumps over the lazy dog and a cat looks on .\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(SENTENCE * 400)
+    return path
+
+
+def train(text, *arguments, out="out"):
+    return cli.main(
+        ["train", "lm", "--text", str(text), "--out", str(text.parent / out), "--device", "cpu", *arguments]
+    )
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch):
+    monkeypatch.setattr(lm, "EVALUATION_WINDOWS", 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "drops"),
+    [
+        (["--p", "0.3"], {"depth": "uniform(p=0.3)", "granularity": "batch"}),
+        (
+            ["--profile", "linear", "--p", "0.6", "--fade", "--granularity", "sample", "--scale", "inverse"],
+            {"depth": "linear(p_max=0.6)", "granularity": "sample", "scale": "inverse", "fade": True},
+        ),
+        (
+            ["--target", "branch", "--heads", "0.2", "--chunks", "0.1"],
+            {"target": "branch", "heads": 0.2, "chunks": 0.1},
+        ),
+        (["--learned", "--p", "0.5"], {"learned": True}),
+        (["--config", "words-16"], {"vocab_size": 16, "cutoffs": None}),
+        (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
+    ],
+)
+def test_it_trains_and_measures_every_depth(text, capsys, arguments, drops):
+    assert train(text, "--steps", "12", "--batch", "2", *arguments) == 0
+    out = text.parent / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {name: metrics["settings"][name] for name in drops} == drops
+    assert list(metrics["bits_per_token"]) == [str(depth) for depth in range(16, 0, -1)]
+    assert metrics["training"]["steps"] == 12
+    assert metrics["text"]["scored_tokens"] == 4 * metrics["settings"]["context"]
+    share = {"0.3": 0.7, "0.5": 0.5}.get(arguments[-1] if arguments[0] == "--p" else "")
+    assert share is None or abs(metrics["training"]["share_of_layers_run"] - share) < 0.15
+    assert 0 < metrics["training"]["share_of_layers_run"] <= 1
+    assert f"{2 ** metrics['bits_per_token']['16']:10,.2f}" in lm.table(metrics)
+    assert len(metrics["training"].get("learned_rates", [])) == (16 if "--learned" in arguments else 0)
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "metrics.json", "depth.png", "training.png"}
+    assert (out / "depth.png").read_bytes()[:4] == b"\x89PNG"
+    held = {name: value for name, value in load_file(out / "model.safetensors").items() if value.is_floating_point()}
+    assert sum(value.numel() for value in held.values()) == metrics["parameters"]
+    printed = capsys.readouterr().out
+    unit = "word" if "words-16" in arguments else "byte"
+    assert f"layers  bits/{unit}  perplexity" in printed
+    assert f"{metrics['bits_per_token']['16']:.3f}" in printed
+
+
+def test_equal_work_is_more_steps(text):
+    assert train(text, "--steps", "8", "--p", "0.5", "--equal-work", "--batch", "1") == 0
+    assert json.loads((text.parent / "out" / "metrics.json").read_text())["settings"]["steps"] == 16
+
+
+def test_a_stopped_run_goes_on(text, monkeypatch, capsys):
+    assert train(text, "--steps", "10", "--batch", "2", out="unbroken") == 0
+    steps = []
+
+    def interrupt(self, *arguments, step=torch.optim.AdamW.step):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    assert train(text, "--steps", "10", "--batch", "2") == 130
+    assert "The same command goes on from here" in capsys.readouterr().err
+    assert train(text, "--steps", "10", "--batch", "2") == 0
+    assert len(steps) == 10
+    found, expected = (
+        json.loads((text.parent / out / "metrics.json").read_text())["bits_per_token"] for out in ("out", "unbroken")
+    )
+    assert found == expected
+
+
+def test_other_settings_are_refused_and_restart_forgets(text, capsys):
+    assert train(text, "--steps", "2", "--batch", "1") == 0
+    assert train(text, "--steps", "3", "--batch", "1") == 2
+    assert "was made with steps = 2, this call has steps = 3" in capsys.readouterr().err
+    assert train(text, "--steps", "3", "--batch", "1", "--restart") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heads", "0.2", "--granularity", "sample"], "granularity 'sample', expected \"batch\""),
+        (["--config", "wikitext-103-16"], "the training part has .* words, expected more than the 3,072 of a window"),
+        (["--learned", "--p", "0.97"], r"target_rate is 0.97, expected a number in \(0, 0.95\)"),
+        (["--p", "1", "--equal-work"], r"uniform\(p=1.0\) runs no layer, expected some to run"),
+        (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
+    ],
+)
+def test_choices_that_do_not_fit_are_named(text, capsys, arguments, message):
+    text.write_text(SENTENCE * 40 if "wikitext" in arguments[-1] else SENTENCE * 400)
+    (text.parent / "out").mkdir()
+    (text.parent / "out" / "model.safetensors").write_bytes(b"kept")
+    assert train(text, *arguments, "--restart") == 2
+    assert (text.parent / "out" / "model.safetensors").read_bytes() == b"kept"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_words_need_a_text(tmp_path, capsys):
+    assert cli.main(["train", "lm", "--config", "words-16", "--out", str(tmp_path / "out")]) == 2
+    assert "words-16 reads words: give a text with --text FILE, or --dataset" in capsys.readouterr().err
+    assert cli.main(["train", "lm", "--dataset", "wikitext-2", "--out", str(tmp_path / "out")]) == 2
+    assert "--dataset is read word by word" in capsys.readouterr().err

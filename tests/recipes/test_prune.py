@@ -1,0 +1,113 @@
+"""``layerdrop-fast prune``, as a user calls it."""
+
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerdrop_fast import cli
+
+
+@pytest.fixture
+def source(tmp_path):
+    state = {f"{side}.layers.{n}.w": torch.full((2, 3), float(n)) for side in ("encoder", "decoder") for n in range(6)}
+    save_file({**state, "head": torch.ones(4)}, tmp_path / "in.safetensors")
+    return tmp_path / "in.safetensors"
+
+
+def call(source, *arguments, out="out.safetensors"):
+    return cli.main(["prune", str(source), "--out", str(source.parent / out), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["--kept", "3"], [0, 2, 4]),
+        (["--kept", "2", "--strategy", "first"], [0, 1]),
+        (["--kept", "2", "--strategy", "last"], [4, 5]),
+        (["--keep", "1,2,5"], [1, 2, 5]),
+    ],
+)
+def test_the_named_list_is_cut_and_the_other_stays_whole(source, capsys, arguments, kept):
+    assert call(source, "--layers", "decoder.layers", *arguments) == 0
+    found = load_file(source.parent / "out.safetensors")
+    assert [found[f"decoder.layers.{n}.w"][0, 0].item() for n in range(len(kept))] == kept
+    assert len(found) == len(kept) + 6 + 1
+    printed = capsys.readouterr().out
+    assert f"decoder.layers: 6 -> {len(kept)} layers, those that were {', '.join(map(str, kept))}" in printed
+    assert str(source.parent / "out.safetensors") in printed
+
+
+def test_both_lists(source):
+    assert call(source, "--kept", "1", "--layers", "decoder.layers", "--layers", "encoder.layers") == 0
+    assert set(load_file(source.parent / "out.safetensors")) == {"encoder.layers.0.w", "decoder.layers.0.w", "head"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--kept", "3"],
+            "found lists of layers: 'decoder.layers' (6), 'encoder.layers' (6); expected one, or --layers",
+        ),
+        (["--kept", "7", "--layers", "decoder.layers"], "--kept is 7, expected 1 to 6, the layers of 'decoder.layers'"),
+        (["--kept", "3", "--layers", "layers"], "no list of layers 'layers'; found 'decoder.layers' (6)"),
+        (["--keep", "0,6", "--layers", "decoder.layers"], "are [0, 6], expected at least one of 0 to 5"),
+        (["--keep", "1,1", "--layers", "decoder.layers"], "are [1, 1], expected"),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_is_written(source, capsys, arguments, message):
+    assert call(source, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(source.parent) == ["in.safetensors"]
+
+
+def test_files_that_are_not_there(source, capsys, tmp_path):
+    assert call(tmp_path / "nowhere.safetensors", "--kept", "1") == 2
+    assert "No such file" in capsys.readouterr().err
+    assert call(source, "--kept", "1", out="in.safetensors") == 2
+    assert "in.safetensors exists, expected a new name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--kept", "0"], ["--keep", "a"], ["--kept", "1", "--keep", "0"]])
+def test_wrong_arguments_are_explained(source, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        call(source, *arguments)
+    assert ended.value.code == 2
+    assert "prune: error:" in capsys.readouterr().err
+
+
+def test_a_folder(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    save_file({f"h.{n}.w": torch.ones(2) for n in range(4)}, tmp_path / "in/model.safetensors")
+    (tmp_path / "in/config.json").write_text(json.dumps({"n_layer": 4}))
+    assert cli.main(["prune", str(tmp_path / "in"), "--kept", "2", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"n_layer": 2}
+    assert "prune: 1/1  model.safetensors" in capsys.readouterr().out
+
+
+def test_files_that_are_broken_are_named(source, capsys):
+    folder = source.parent
+    (folder / "cut.safetensors").write_bytes(source.read_bytes()[:-1])
+    torch.save({"path": pathlib.PurePosixPath("a")}, folder / "code.pt")
+    (folder / "cut.pt").write_bytes((folder / "code.pt").read_bytes()[:-100])
+    (folder / "index").mkdir()
+    (folder / "index" / "model.safetensors.index.json").write_text("{}")
+    before = sorted(os.listdir(folder))
+    for name in ("cut.safetensors", "code.pt", "cut.pt", "index"):
+        assert call(folder / name, "--kept", "1", out=f"out{pathlib.Path(name).suffix}") == 2
+        assert name in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_safetensors_is_asked_for_where_it_is_needed(source, capsys, monkeypatch):
+    monkeypatch.setattr("layerdrop_fast.recipes.prune.find_spec", lambda name: None)
+    torch.save({f"layers.{n}.w": torch.ones(2) for n in range(4)}, source.parent / "in.pt")
+    assert call(source.parent / "in.pt", "--kept", "2", out="out.pt") == 0
+    assert set(torch.load(source.parent / "out.pt")) == {"layers.0.w", "layers.1.w"}
+    for other in (source, source.parent):
+        assert call(other, "--kept", "1") == 2
+        assert "prune needs safetensors: pip install" in capsys.readouterr().err

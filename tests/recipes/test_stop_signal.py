@@ -1,0 +1,20 @@
+"""Ctrl-C asks first."""
+
+import os
+import signal
+
+import pytest
+
+from layerdrop_fast.recipes.stop_signal import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopSignal() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), number)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before

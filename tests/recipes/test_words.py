@@ -1,0 +1,90 @@
+"""Words as tokens."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from layerdrop_fast.recipes import words
+from layerdrop_fast.recipes.files import RecipeError
+
+TRAIN = ["the cat saw the dog", "", "the dog saw a bird"]
+VALIDATION = ["the fox saw the cat", "  "]
+
+
+def test_words_are_numbered_by_falling_frequency():
+    corpus = words.corpus("text", TRAIN, VALIDATION, min_count=1)
+    # the 3; <eos>, dog, saw 2; a, bird, cat 1; <unk> 0. Equal ones in the order of the alphabet.
+    numbers = {"the": 0, "<eos>": 1, "dog": 2, "saw": 3, "a": 4, "bird": 5, "cat": 6, "<unk>": 7}
+    assert corpus.train.tolist() == [
+        numbers[w] for w in ["the", "cat", "saw", "the", "dog", "<eos>", "the", "dog", "saw", "a", "bird", "<eos>"]
+    ]
+    assert corpus.validation.tolist() == [numbers[w] for w in ["the", "<unk>", "saw", "the", "cat", "<eos>"]]
+    assert (corpus.vocab_size, corpus.unit, corpus.name) == (8, "word", "text")
+    assert corpus.train.dtype == np.int32
+
+
+def test_rare_words_are_unknown():
+    corpus = words.corpus("text", TRAIN, VALIDATION, min_count=2)
+    # a, bird, cat are three unknown ones, as many as "the".
+    numbers = {"<unk>": 0, "the": 1, "<eos>": 2, "dog": 3, "saw": 4}
+    assert corpus.vocab_size == 5
+    assert corpus.validation.tolist() == [numbers[w] for w in ["the", "<unk>", "saw", "the", "<unk>", "<eos>"]]
+
+
+def test_of_a_file_the_last_tenth_of_lines_is_for_validation(tmp_path):
+    path = tmp_path / "novel.txt"
+    path.write_text("\n".join(f"line {n} ends here" for n in range(20)))
+    corpus = words.from_text(path, min_count=1)
+    assert (len(corpus.train), len(corpus.validation)) == (18 * 5, 2 * 5)
+    assert corpus.name == "novel.txt"
+
+
+def test_a_folder_of_wikitext(tmp_path):
+    (tmp_path / "wiki.train.tokens").write_text("\n".join(TRAIN))
+    (tmp_path / "wiki.valid.tokens").write_text("\n".join(VALIDATION))
+    corpus = words.from_text(tmp_path)
+    assert corpus.sha256 == words.corpus("x", TRAIN, VALIDATION, min_count=1).sha256
+
+
+def test_wikitext_by_datasets(monkeypatch):
+    asked = []
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda *names: (
+        asked.append(names) or {"train": {"text": TRAIN}, "validation": {"text": VALIDATION}}
+    )
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert (
+        words.wikitext("wikitext-103").train.tolist() == words.corpus("", TRAIN, VALIDATION, min_count=1).train.tolist()
+    )
+    assert asked == [("Salesforce/wikitext", "wikitext-103-v1")]
+
+
+def test_without_datasets_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RecipeError, match=r"wikitext-2 needs datasets: pip install .layerdrop_fast\[datasets\]"):
+        words.wikitext("wikitext-2")
+
+
+def test_an_error_of_datasets_is_told(monkeypatch):
+    def fails(*_):
+        raise ConnectionError("no network")
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = fails
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    with pytest.raises(RecipeError, match="datasets cannot load wikitext-2: no network"):
+        words.wikitext("wikitext-2")
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read"):
+        words.from_text(tmp_path / "nothing")
+    path = tmp_path / "latin"
+    path.write_bytes(b"caf\xe9 au lait\n" * 5)
+    with pytest.raises(RecipeError, match="is no UTF-8 text"):
+        words.from_text(path)
+    path.write_text("one")
+    with pytest.raises(RecipeError, match="the training part has 0 words, expected a longer text"):
+        words.from_text(path)
