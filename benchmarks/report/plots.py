@@ -233,7 +233,8 @@ def parts(results: Results, figure: Figure) -> Drawn | None:
         axes.set_xlim(1.02, -0.25)  # room for names
         axes.set_ylim(bottom=0)
         axes.set_xlabel("share that is kept")
-        axes.set_ylabel(f"{label}, share of that without dropping")
+        axes.set_ylabel(f"{label} / without dropping")
+        axes.set_xticks([1 - p for p in sorted(by_rate)], [f"{1 - p:g}" for p in sorted(by_rate)])
         written.append((axes, names))
     figure.suptitle(f"What each target saves: {_model(contest)}")
     return Drawn([contest], written)
