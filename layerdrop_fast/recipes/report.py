@@ -80,9 +80,10 @@ def _learning(title: str, bits: float, bigram: float) -> str:
 def _work(metrics: Metrics) -> str:
     dense, layerdrop = metrics["models"]["dense"], metrics["models"]["layerdrop"]
     return (
-        f"Work: dense ran {dense['layers_run']:,} layers in {dense['steps']:,} steps, LayerDrop "
-        f"{layerdrop['layers_run']:,} in {layerdrop['steps']:,}: {layerdrop['layers_run'] / dense['layers_run']:.1%} "
-        f"of dense's work, {layerdrop['share_of_layers_run']:.0%} of its layers a step."
+        f"Work: dense ran {dense['layers_run']:,.0f} layers in {dense['steps']:,} steps, LayerDrop "
+        f"{layerdrop['layers_run']:,.0f} in {layerdrop['steps']:,}: "
+        f"{layerdrop['layers_run'] / dense['layers_run']:.1%} of dense's work, "
+        f"{layerdrop['share_of_layers_run']:.0%} of its layers a step."
     )
 
 

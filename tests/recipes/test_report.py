@@ -13,7 +13,7 @@ ENTRY = {
     "scale": "inverse",
     "sampling": "bernoulli",
     "steps": 100,
-    "layers_run": 400,
+    "layers_run": 400.0,
     "share_of_layers_run": 1.0,
     "training_curve": [[50, 3.0, 4.0], [100, 2.0, 4.0]],
 }
@@ -28,7 +28,7 @@ def metrics(dense=(2.0, 2.4, 3.0, 4.0), layerdrop=(2.1, 2.2, 2.5, 3.0), bigram=3
         name: copy.deepcopy(ENTRY) | {"bits_per_byte": {str(len(curve) - i): bits for i, bits in enumerate(curve)}}
         for name, curve in curves.items()
     }
-    models["layerdrop"] |= {"steps": 125, "layers_run": 404, "share_of_layers_run": 404 / 500}
+    models["layerdrop"] |= {"steps": 125, "layers_run": 404.0, "share_of_layers_run": 404 / 500}
     text = {"name": "a <b> & c", "train_bytes": 1000, "validation_bytes": 200, "scored_bytes": 100}
     return {
         "settings": {"layers": 4, "dense": TRAINING, "layerdrop": TRAINING | {"steps": 125}, **VERSIONS},
