@@ -11,8 +11,10 @@ from benchmarks.replay import CLOCK, replay
 from layerdrop_fast.recipes.bench.allocations import Course, course_of
 from layerdrop_fast.recipes.bench.contest import Contest
 from layerdrop_fast.recipes.bench.measure import Figures, measure_together
+from layerdrop_fast.recipes.bench.our_ways import OursWay
+from layerdrop_fast.recipes.bench.peer_ways import SkipWay
 from layerdrop_fast.recipes.bench.setting import Setting
-from layerdrop_fast.recipes.bench.ways import WAYS, OursWay, SkipWay
+from layerdrop_fast.recipes.bench.ways import WAYS
 
 THREADS = 2
 ROUNDS = 5

@@ -7,8 +7,8 @@ import pytest
 from benchmarks.replay import CLOCK, replay
 from layerdrop_fast.recipes.bench.contest import Contest
 from layerdrop_fast.recipes.bench.measure import Figures, measure_together
+from layerdrop_fast.recipes.bench.our_ways import PartsWay
 from layerdrop_fast.recipes.bench.setting import Setting
-from layerdrop_fast.recipes.bench.ways import PartsWay
 
 THREADS = 2
 ROUNDS = 7

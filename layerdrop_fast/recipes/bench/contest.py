@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerdrop_fast.nn import TransformerLayer, TransformerStack
 from layerdrop_fast.plan import DropPlan
 from layerdrop_fast.recipes.bench.setting import DTYPES, Setting
-from layerdrop_fast.recipes.bench.ways import Layers, Way
+from layerdrop_fast.recipes.bench.way import Layers, Way
 from layerdrop_fast.reference.transformer_stack import transformer_stack
 
 # Largest relative error, in the Euclidean norm, of an output or a gradient against float64. The rounding of some

@@ -22,7 +22,8 @@ from layerdrop_fast.memory import saved_bytes
 from layerdrop_fast.recipes.bench.allocations import peak_of
 from layerdrop_fast.recipes.bench.contest import Contest, Makers
 from layerdrop_fast.recipes.bench.setting import Setting
-from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY, WAYS, Way
+from layerdrop_fast.recipes.bench.way import Way
+from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY, WAYS
 
 ROUNDS = 5
 # One draw takes microseconds: the median needs many.

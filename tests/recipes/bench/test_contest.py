@@ -8,9 +8,10 @@ import torch
 from layerdrop_fast import LayerDropStack, TransformerLayer, TransformerStack
 from layerdrop_fast.recipes.bench.contest import Contest, Disagreement
 from layerdrop_fast.recipes.bench.measure import makers_of, measure
+from layerdrop_fast.recipes.bench.our_ways import OursWay
 from layerdrop_fast.recipes.bench.peers import Masked, Skip
 from layerdrop_fast.recipes.bench.setting import Setting
-from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY, WAYS, OursWay
+from layerdrop_fast.recipes.bench.ways import BY_GRANULARITY, WAYS
 
 TINY = Setting(layers=6, d_model=8, dim_feedforward=32, nhead=2, samples=5, length=4)
 
