@@ -1,4 +1,4 @@
-"""Many runs beside each other, each result kept in one JSON file as soon as it is there."""
+"""Many runs beside each other, each result kept in one JSON file, with its commit, as soon as it is there."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def run_missing(
             if error := future.exception():
                 failed.append(error)
                 continue
-            results.append(future.result())
-            content = {"provenance": {**provenance(command), "threads": "1"}, "results": results}
+            here = {**provenance(command), "threads": "1"}
+            results.append({**future.result(), "commit": here["commit"]})
+            content = {"provenance": here, "results": results}
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())
             tell(results[-1])

@@ -32,3 +32,14 @@ def test_what_fails_takes_nothing_with_it(tmp_path):
     assert sorted(result["half"] for result in json.loads(out.read_text())["results"]) == [1, 2]
     assert [result["half"] for result in missing(2, 8)][-1] == 4
     assert [result["number"] for result in told] == [2, 4, 8]
+
+
+def test_each_result_names_its_commit(tmp_path, monkeypatch):
+    out = tmp_path / "results.json"
+    for number, commit in ((2, "one"), (4, "another")):
+        monkeypatch.setattr("layerdrop_fast._provenance.commit", lambda commit=commit: commit)
+        wanted = {number: (number,) for number in (2, number)}
+        run_missing(out, wanted, halved, lambda result: result["number"], jobs=1, command=["x"], tell=lambda _: None)
+    content = json.loads(out.read_text())
+    assert [(result["number"], result["commit"]) for result in content["results"]] == [(2, "one"), (4, "another")]
+    assert content["provenance"]["commit"] == "another"
