@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from torch import nn
 
-from layerdrop_fast._files import replace_atomically
+from layerdrop_fast._files import ABANDONED_AFTER, replace_atomically
 from layerdrop_fast.prune import search
 from layerdrop_fast.prune.scores import Scores
 from tests.prune.blocks import blocks
@@ -144,3 +148,25 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, error):
         replace_atomically(file, b"after")
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path):
+    file = tmp_path / "file"
+    program = f"""
+import os, pathlib
+from layerdrop_fast import _files
+os.replace = lambda *_: os.kill(os.getpid(), 9)
+_files.replace_atomically(pathlib.Path({str(file)!r}), b"never there")
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    bystanders = [tmp_path / name for name in (".other.1-0.tmp", ".file.txt", "file.tmp")]
+    for bystander in bystanders:
+        bystander.write_bytes(b"")
+        os.utime(bystander, (0, 0))
+    replace_atomically(file, b"now")
+    assert left.exists(), "another process may still be at it"
+    hour_ago = time.time() - ABANDONED_AFTER - 1
+    os.utime(left, (hour_ago, hour_ago))
+    replace_atomically(file, b"later")
+    assert sorted(tmp_path.iterdir()) == sorted([file, *bystanders])
