@@ -1,6 +1,7 @@
 """The experiments: what is trained and measured, and what is told of it."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def text(tmp_path):
 def few(monkeypatch):
     monkeypatch.setattr(runs, "WINDOWS", 8)
     monkeypatch.setattr(measures, "SEARCHED", 2)
+    monkeypatch.setattr(measures, "SEARCHED_THROUGH", 2)
 
 
 def trained(recipe=DENSE):
@@ -46,7 +48,8 @@ def test_every_network_is_trained_and_measured(name, text, few):
     found = runs.run(name, 0, text, 12, SMALL)
     network = NETWORKS[name]
     assert set(found["curve"]) == {"4", "3", "2", "1"}
-    wanted = {"strategies": network.strategies, "importance": network.importance, "parts": network.parts}
+    wanted = {"strategies": network.strategies, "halves": network.layers, "parts": network.parts}
+    wanted["importance"] = network.layers
     assert {measure: measure in found for measure in wanted} == wanted
     assert 0 < found["share_of_layers_run"] <= 1
     steps = round(12 / network.recipe.density(4)) if network.equal_work else 12
@@ -54,8 +57,9 @@ def test_every_network_is_trained_and_measured(name, text, few):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_importance_is_measured_of_one_seed(text, few):
-    assert "importance" not in runs.measured(NETWORKS["dense"], trained(), from_file(text), SMALL, seed=1)
+def test_layers_are_measured_of_one_seed(text, few):
+    found = runs.measured(NETWORKS["dense"], trained(), from_file(text), SMALL, seed=1)
+    assert not {"importance", "halves"} & set(found)
 
 
 def test_strategies_choose_half_and_are_judged_on_other_windows(few):
@@ -72,6 +76,23 @@ def test_strategies_choose_half_and_are_judged_on_other_windows(few):
     chosen = bits_per_token(extract(made.model, searched["keep"]), WINDOWS[::2][:2])
     assert searched["chosen_on"] == pytest.approx(chosen)
     assert chosen <= bits_per_token(extract(made.model, [0, 2]), WINDOWS[::2][:2]) + 1e-9
+
+
+def test_every_half_is_scored_and_the_best_is_judged_on_other_windows(few):
+    model = trained().model
+    found = measures.halves(model, WINDOWS[::2], WINDOWS[1::2])
+    bits = {keep: bits_per_token(extract(model, keep), WINDOWS[::2][:2]) for keep in combinations(range(4), 2)}
+    ranked = sorted(bits, key=bits.__getitem__)
+    assert found["candidates"] == 6
+    assert (found["layers_run"], found["layers_asked"]) == (9, 12)  # C(5, 2) - 1 prefixes
+    assert found["best"]["keep"] == list(ranked[0])
+    assert found["every other"]["keep"] == [0, 2]
+    assert found["every other"]["rank"] == ranked.index((0, 2)) + 1
+    assert found["best"]["value"] == pytest.approx(bits[ranked[0]])
+    assert found["worst"] == pytest.approx(bits[ranked[-1]])
+    assert found["median"] == pytest.approx((bits[ranked[2]] + bits[ranked[3]]) / 2)
+    for row in (found["best"], found["every other"]):
+        assert row["held_out"] == pytest.approx(bits_per_token(extract(model, row["keep"]), WINDOWS[1::2]))
 
 
 def test_without_every_other_branch_the_others_compute_what_they_did():
@@ -114,10 +135,19 @@ def result(network, seed, bits, **more):
 
 def test_tables_have_means_and_deviations():
     strategies = {"every other": {"bits": 2.5}, "search": {"bits": 2.25}}
+    halves = {
+        "candidates": 12870,
+        "layers_run": 24309,
+        "layers_asked": 102960,
+        "best": {"value": 2.0, "held_out": 2.25},
+        "every other": {"value": 2.125, "held_out": 2.375, "rank": 1200},
+        "median": 3.5,
+        "worst": 9.0,
+    }
     results = [
         result("layers 0.2", 1, 2.5, strategies=strategies),
         result("layers 0.2", 0, 2.0, strategies=strategies),
-        result("dense", 0, 3.0, parts={"nothing": 3.0, "heads": 3.25}),
+        result("dense", 0, 3.0, parts={"nothing": 3.0, "heads": 3.25}, halves=halves),
     ]
     lines = summary.tables(results).splitlines()
     assert "| network | seeds | steps | layers run | 2 layers |" in lines
@@ -125,6 +155,8 @@ def test_tables_have_means_and_deviations():
     assert "| layers 0.2 | 2 | 1,200 | 80% | 2.250 ± 0.354 |" in lines
     assert "| layers 0.2 | 2.500 ± 0.000 | 2.250 ± 0.000 | +0.250 |" in lines
     assert "| dense | 3.000 | 3.250 |" in lines
+    row = "| dense | 2.000 | 2.125 | 1,200 of 12,870 | 3.500 | 9.000 | 2.250 | 2.375 | 24,309 of 102,960 |"
+    assert row in lines
 
 
 def test_plots_are_of_what_there_is():

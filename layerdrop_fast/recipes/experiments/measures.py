@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from layerdrop_fast.recipes.evaluation import bits_per_token, depth_curve
 
 Windows = npt.NDArray[np.int64]
 SEARCHED = 96  # windows that a search scores its candidates on
+SEARCHED_THROUGH = 32  # the same where every candidate is scored
 CHUNKS = 8
 
 
@@ -55,6 +58,28 @@ def strategies(
             rows[name] = {"keep": keep, "bits": bits_per_token(model, judged_on)}
     rows["search"]["chosen_on"] = found.ranked[0].value
     return rows
+
+
+def halves(model: TransformerLM, chosen_on: Windows, judged_on: Windows) -> dict[str, Any]:
+    """Every way to keep half of the layers: the best ones, and where Every Other stands among them."""
+    found = search(
+        model,
+        lambda model: bits_per_token(model, chosen_on[:SEARCHED_THROUGH]),
+        kept=len(model.stack.layers) // 2,
+        method="exhaustive",
+        held_out=lambda model: bits_per_token(model, judged_on),
+        max_bytes=1 << 28,
+    )
+    values = [scored.value for scored in found.ranked]
+    return {
+        "candidates": len(values),
+        "layers_run": found.layers_run,
+        "layers_asked": found.layers_asked,
+        "best": asdict(found.ranked[0]),
+        "every other": {**asdict(found.every_other), "rank": values.index(found.every_other.value) + 1},
+        "median": median(values),
+        "worst": values[-1],
+    }
 
 
 def importance(model: TransformerLM, scored: Windows) -> dict[str, Any]:

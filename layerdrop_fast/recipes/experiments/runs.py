@@ -25,14 +25,14 @@ class Network:
     recipe: Recipe
     equal_work: bool = False  # as many more steps as dropped layers save; else the same number of steps
     strategies: bool = False  # cut to half by every strategy (figure 4, right)
-    importance: bool = False  # of each layer (figure 5)
+    layers: bool = False  # every half that can be left, and how much each layer is missed (figure 5); seed 0 only
     parts: bool = False  # half of its heads, chunks, branches, layers taken out (figure 4, left)
 
 
 NETWORKS = {
-    "dense": Network(DENSE, strategies=True, importance=True, parts=True),
-    "layers 0.2": Network(Recipe(uniform(0.2)), strategies=True, importance=True, parts=True),
-    "layers 0.5": Network(Recipe(uniform(0.5)), strategies=True, importance=True),
+    "dense": Network(DENSE, strategies=True, layers=True, parts=True),
+    "layers 0.2": Network(Recipe(uniform(0.2)), strategies=True, layers=True, parts=True),
+    "layers 0.5": Network(Recipe(uniform(0.5)), strategies=True, layers=True),
     "data-driven 0.5": Network(Recipe(uniform(0.5), learned=True), strategies=True),
     "uniform 0.15, equal work": Network(Recipe(uniform(0.15)), equal_work=True),
     "2026 recipe, equal work": Network(
@@ -85,7 +85,8 @@ def measured(network: Network, trained: Trained, corpus: Corpus, size: ModelSize
         found["learned_rates"] = trained.learned.rates.tolist()
     if network.strategies:
         found["strategies"] = measures.strategies(model, trained.learned, chosen_on, judged_on)
-    if network.importance and seed == 0:
+    if network.layers and seed == 0:
+        found["halves"] = measures.halves(model, chosen_on, judged_on)
         found["importance"] = measures.importance(model, chosen_on)
     if network.parts:
         found["parts"] = measures.parts(model, scored)

@@ -40,6 +40,8 @@ def tables(results: Results) -> str:
     found = [_title("At every depth, by Every Other, without retraining"), _depths(results)]
     if rows := _strategies(results):
         found += [_title("Half of the layers, by strategy"), rows]
+    if rows := _halves(results):
+        found += [_title("Every half of the layers, one seed"), rows]
     if rows := _parts(results):
         found += [_title("With half of its parts taken out"), rows]
     return "\n\n".join(found)
@@ -103,6 +105,21 @@ def _strategies(results: Results) -> str | None:
             chosen = fmean(run["strategies"]["every other"]["bits"] - run["strategies"]["search"]["bits"] for run in of)
             rows.append([name, *cells, f"{chosen:+.3f}"])
     return _table(["network", *columns, "gain of search"], rows) if rows else None
+
+
+def _halves(results: Results) -> str | None:
+    rows = []
+    for name in NETWORKS:
+        for run in _of([result for result in results if "halves" in result], name):
+            halves = run["halves"]
+            best, other = halves["best"], halves["every other"]
+            searched = (best["value"], other["value"], halves["median"], halves["worst"])
+            judged = (best["held_out"], other["held_out"])
+            cells = [f"{bits:.3f}" for bits in (*searched, *judged)]
+            rank = f"{other['rank']:,} of {halves['candidates']:,}"
+            rows.append([name, *cells[:2], rank, *cells[2:], f"{halves['layers_run']:,} of {halves['layers_asked']:,}"])
+    titles = ["network", "best", "every other", "its rank", "median", "worst"]
+    return _table([*titles, "best, held out", "every other, held out", "layers run"], rows) if rows else None
 
 
 def _parts(results: Results) -> str | None:
