@@ -70,7 +70,7 @@ Trains a language model with LayerDrop, then cuts it to every depth without retr
     layerdrop-fast train lm --config wikitext-103-16 --dataset wikitext-103 --p 0.2
 
 You can stop it at any time with Ctrl-C, or kill it; the same command goes on where it was. Results go to the folder
-out/lm: model.safetensors, metrics.json and plots.
+out/lm: model.safetensors, metrics.json, plots, and of words vocabulary.json.
 
 """
 SIZES = {

@@ -96,11 +96,13 @@ def run(options: Options) -> None:
             "bits_per_token": {str(depth): bits for depth, bits in curve.items()},
             "seconds": {"train": entry["seconds"], "cut": time.monotonic() - begun},
         }
-        write_atomically(options.out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
-        for name, content in plots(metrics).items():
+        files = {"metrics.json": json.dumps(metrics, indent=1).encode(), **plots(metrics)}
+        if corpus.words is not None:
+            files["vocabulary.json"] = json.dumps(corpus.words, ensure_ascii=False, indent=0).encode()
+        for name, content in files.items():
             write_atomically(options.out / name, content)
         print(table(metrics))
-        print(f"\nWritten: {options.out}/{NAME}.safetensors, metrics.json, {', '.join(plots(metrics))}", flush=True)
+        print(f"\nWritten: {options.out}/{NAME}.safetensors, {', '.join(files)}", flush=True)
 
 
 def corpus_of(options: Options) -> Corpus:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +37,7 @@ class Corpus:
     validation: Tokens = field(repr=False)
     vocab_size: int = 256
     unit: str = "byte"  # what a token is
+    words: Sequence[str] | None = field(default=None, repr=False)  # by number; None: bytes
 
     @property
     def sha256(self) -> str:

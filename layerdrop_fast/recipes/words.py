@@ -70,7 +70,7 @@ def corpus(name: str, train: Iterable[str], validation: Iterable[str], *, min_co
     for part, what in zip(parts, ("training", "validation"), strict=True):
         if len(part) < 2:
             raise RecipeError(f"{name}: the {what} part has {len(part)} words, expected a longer text")
-    return Corpus(name, parts[0], parts[1], vocab_size=len(ordered), unit="word")
+    return Corpus(name, parts[0], parts[1], vocab_size=len(ordered), unit="word", words=ordered)
 
 
 def _words(lines: Iterable[str]) -> Iterator[str]:

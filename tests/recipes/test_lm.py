@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from layerdrop_fast import cli
-from layerdrop_fast.recipes import lm
+from layerdrop_fast.prune import every_other, extract
+from layerdrop_fast.recipes import lm, words
+from layerdrop_fast.recipes.checkpoint import save_checkpoint
+from layerdrop_fast.recipes.evaluation import bits_per_token
+from layerdrop_fast.recipes.files import RecipeError
+from layerdrop_fast.recipes.text import from_file, validation_windows
+from layerdrop_fast.recipes.trained_lm import load_lm
 
 SENTENCE = "the quick brown fox jumps over the lazy dog and a cat looks on .\n"
 
@@ -62,7 +68,9 @@ def test_it_trains_and_measures_every_depth(text, capsys, arguments, drops):
     assert 0 < metrics["training"]["share_of_layers_run"] <= 1
     assert f"{2 ** metrics['bits_per_token']['16']:10,.2f}" in lm.table(metrics)
     assert len(metrics["training"].get("learned_rates", [])) == (16 if "--learned" in arguments else 0)
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "metrics.json", "depth.png", "training.png"}
+    words = {"vocabulary.json"} if "words-16" in arguments else set()
+    plots = {"depth.png", "training.png"}
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "metrics.json", *plots, *words}
     assert (out / "depth.png").read_bytes()[:4] == b"\x89PNG"
     held = {name: value for name, value in load_file(out / "model.safetensors").items() if value.is_floating_point()}
     assert sum(value.numel() for value in held.values()) == metrics["parameters"]
@@ -70,6 +78,42 @@ def test_it_trains_and_measures_every_depth(text, capsys, arguments, drops):
     unit = "word" if "words-16" in arguments else "byte"
     assert f"layers  bits/{unit}  perplexity" in printed
     assert f"{metrics['bits_per_token']['16']:.3f}" in printed
+
+
+@pytest.mark.parametrize("arguments", [["--heads", "0.2", "--p", "0.3"], ["--config", "words-16"], ["--learned"]])
+def test_the_model_is_there_for_other_programs(text, arguments):
+    assert train(text, "--steps", "8", "--batch", "2", *arguments) == 0
+    out = text.parent / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    before = torch.get_rng_state()
+    model = load_lm(out / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training
+    corpus = words.from_text(text) if "words-16" in arguments else from_file(text)
+    scored = validation_windows(corpus.validation, count=4, length=metrics["settings"]["context"] + 1)
+    for depth in (16, 5):
+        small = extract(model, every_other(16, kept=depth))
+        assert bits_per_token(small, scored) == pytest.approx(metrics["bits_per_token"][str(depth)], rel=1e-5)
+
+
+def test_of_words_the_vocabulary_is_written(text):
+    assert train(text, "--steps", "4", "--batch", "2", "--config", "words-16") == 0
+    vocabulary = json.loads((text.parent / "out" / "vocabulary.json").read_text())
+    known = words.from_text(text)
+    assert (
+        " ".join(vocabulary[number] for number in known.train[: len(SENTENCE.split()) + 1])
+        == SENTENCE.strip() + " <eos>"
+    )
+    assert len(vocabulary) == known.vocab_size
+
+
+def test_a_model_that_is_none_is_named(text):
+    path = text.parent / "other.safetensors"
+    save_checkpoint(path, {"x": torch.zeros(1)}, {"settings": {"num_layers": 2}})
+    with pytest.raises(RecipeError, match=r"other\.safetensors does not tell the d_model, nhead, .* of its model"):
+        load_lm(path)
+    with pytest.raises(RecipeError, match="damaged"):
+        load_lm(text)
 
 
 def test_equal_work_is_more_steps(text):
