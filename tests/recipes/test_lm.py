@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,19 @@ def test_of_words_the_vocabulary_is_written(text):
         == SENTENCE.strip() + " <eos>"
     )
     assert len(vocabulary) == known.vocab_size
+
+
+def test_the_page_on_training_uses_what_is_left(text, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    text.write_text(("It was a very " + SENTENCE) * 400)
+    assert train(text, "--steps", "4", "--batch", "2", "--config", "words-16", out="out/lm") == 0
+    monkeypatch.chdir(text.parent)
+    capsys.readouterr()
+    exec(compile(example, "docs/training.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert all(line.startswith("It was a very ") and len(line.split()) == 24 for line in printed)
 
 
 def test_a_model_that_is_none_is_named(text):
