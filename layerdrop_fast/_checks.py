@@ -1,6 +1,7 @@
 """Checks of plain arguments: each returns the value, or raises an error that names what came and what was expected."""
 
 import operator
+from collections.abc import Iterable
 
 
 def check_rate(value: float, name: str) -> float:
@@ -30,6 +31,19 @@ def check_count(value: int, name: str, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def check_indices(value: Iterable[int], name: str, count: int) -> list[int]:
+    """At least one of 0 to ``count - 1``, ascending, as a list."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise TypeError(f"{name} are {value!r} of type {type(value).__name__}, expected a list of integers")
+    indices = list(value)
+    if masks := [index for index in indices if type(index).__name__ in ("bool", "bool_")]:
+        raise TypeError(f"{name} have {masks[0]}, expected integers, not a mask")
+    indices = [check_integer(index, name) for index in indices]
+    if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= count:
+        raise ValueError(f"{name} are {indices}, expected at least one of 0 to {count - 1}, ascending")
+    return indices
 
 
 def check_word(value: int, name: str) -> int:

@@ -48,5 +48,5 @@ def _remove_abandoned(path: Path) -> None:
             try:
                 if time.time() - file.stat().st_mtime > ABANDONED_AFTER:
                     file.unlink()
-            except FileNotFoundError:
-                continue  # it was not abandoned, or another process has removed it
+            except OSError:  # gone by now, or another user's: no reason not to write
+                continue

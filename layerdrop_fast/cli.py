@@ -209,8 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--strategy",
         choices=tuple(prune_files.STRATEGIES),
-        default="every-other",
-        help="which ones with --kept: at even distances, the first or the last (default: %(default)s)",
+        help="which ones with --kept: at even distances (the default), the first or the last",
     )
     prune.add_argument(
         "--layers",
@@ -239,7 +238,7 @@ def _add_train(commands: Any) -> None:
     lm.add_argument("--out", type=Path, default=Path("out/lm"), metavar="DIR", help="(default: %(default)s)")
     lm.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
     lm.add_argument(
-        "--p", type=_rate, default=0.2, metavar="P", help="drop rate; the highest of a profile (%(default)s)"
+        "--p", type=_rate, metavar="P", help="drop rate; the highest of a profile (0.2; 0 with --heads or --chunks)"
     )
     lm.add_argument("--profile", choices=tuple(PROFILES), default="uniform", help="rates over depth (%(default)s)")
     lm.add_argument("--fade", action="store_true", help="rates fall to 0 over the run")
@@ -249,7 +248,7 @@ def _add_train(commands: Any) -> None:
     lm.add_argument("--chunks", type=_rate, default=0.0, metavar="P", help="drop rate of feed-forward chunks")
     lm.add_argument("--sampling", choices=SAMPLINGS, default="bernoulli", help="(default: %(default)s)")
     lm.add_argument("--scale", choices=("none", "inverse"), default="none", help="residual scale (%(default)s)")
-    lm.add_argument("--learned", action="store_true", help="learn a rate for each layer, P their mean")
+    lm.add_argument("--learned", action="store_true", help="learn a rate for each layer, with the mean of the profile")
     lm.add_argument("--equal-work", action="store_true", help="as many more steps as dropped layers save")
     for name, what in (
         ("steps", "training steps"),
@@ -266,7 +265,9 @@ def _add_train(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     names = ("fade", "granularity", "target", "heads", "chunks", "sampling", "scale", "learned")
-    recipe = Recipe(PROFILES[options.profile](options.p), **{name: getattr(options, name) for name in names})
+    otherwise = 0.0 if options.heads or options.chunks else 0.2
+    p = otherwise if options.p is None else options.p
+    recipe = Recipe(PROFILES[options.profile](p), **{name: getattr(options, name) for name in names})
     changes = {name: getattr(options, name) for name in ("steps", "batch", "accumulation", "seed", "dtype")}
     lm.run(
         lm.Options(
@@ -323,17 +324,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 2 for something to mend, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     resumes = options.command in ("demo", "train")
+    same = "The same command" + (" without --restart" if getattr(options, "restart", False) else "")
     try:
         COMMANDS[options.command](options)
     except RecipeError as error:
         print(f"layerdrop-fast: {error}", file=sys.stderr)
         return 2
     except Stopped:
-        saved = ", and saved. The same command goes on from here." if resumes else "."
+        saved = f", and saved. {same} goes on from here." if resumes else "."
         print(f"\nStopped{saved}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        saved = " The same command goes on from the last checkpoint." if resumes else ""
+        saved = f" {same} goes on from the last checkpoint." if resumes else ""
         print(f"\nStopped at once.{saved}", file=sys.stderr)
         return 130
     return 0

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerdrop_fast._checks import check_count, check_rate
 
@@ -64,15 +62,3 @@ class Sampler:
             before = ordered.cumsum(-1) - ordered
             chances = torch.zeros_like(chances).scatter(-1, places, ordered.where(before < self.top_p, 0.0))
         return torch.multinomial(chances, 1, generator=self.generator)[:, 0]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

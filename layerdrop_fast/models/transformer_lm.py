@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from layerdrop_fast._checks import check_choice, check_count, check_integer, check_rate
 from layerdrop_fast.models.adaptive import AdaptiveEmbedding, check_cutoffs, sinusoidal_positions
 from layerdrop_fast.models.adaptive import losses as adaptive_losses
-from layerdrop_fast.models.generation import Sampler, evaluating
+from layerdrop_fast.models.generation import Sampler
 from layerdrop_fast.nn import KVCache, TransformerStack
+from layerdrop_fast.nn.modes import evaluating
 from layerdrop_fast.nn.parts import Rates
 
 POSITIONS = ("learned", "sinusoidal")

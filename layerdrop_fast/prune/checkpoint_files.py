@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from pathlib import Path
 
 from layerdrop_fast.prune.pruned import Choose, Pruned
@@ -9,6 +12,7 @@ from layerdrop_fast.prune.safetensors_files import prune_folder, prune_safetenso
 from layerdrop_fast.prune.torch_files import prune_torch_file
 
 SAFETENSORS = (".safetensors",)
+SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.\w+$")  # one of several
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -25,8 +29,8 @@ def prune_checkpoint(source: Path | str, out: Path | str, choose: Choose, *, pro
     the model in the model's order; buffers with well-known names are left out of account.
 
     Args:
-        choose: called with the lists of layers that the checkpoint has, {prefix: number of layers}; returns
-            {prefix: layers to keep}.
+        choose: {prefix: layers to keep}; or a function that gets the lists of layers that the checkpoint has,
+            {prefix: number of layers}, and returns that.
         progress: show how many shards are done.
 
     Raises:
@@ -36,6 +40,12 @@ def prune_checkpoint(source: Path | str, out: Path | str, choose: Choose, *, pro
             and ``out`` is there whole or not at all.
     """
     source, out = Path(source), Path(out)
+    if not source.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder, expected one to write {out.name} in")
+    if source.name.endswith(".index.json") or SHARD.search(source.name):
+        raise ValueError(f"{source} is a part of a checkpoint, expected the whole: its folder {source.parent}")
     if out.exists():
         raise ValueError(f"{out} exists, expected a new name")
     if source.is_dir():

@@ -6,6 +6,9 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from layerdrop_fast._checks import check_indices
+from layerdrop_fast.prune.state_dict import check_mapping
+
 # T5 calls the encoder's num_layers. BART repeats it as num_hidden_layers.
 ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
 DECODER = ("decoder_layers", "num_decoder_layers")
@@ -30,11 +33,16 @@ def prune_config(
         num_layers: how many layers each list has, by the same prefixes.
 
     Raises:
-        ValueError: no number of layers, or another than ``num_layers``.
+        ValueError: no number of layers, or another than ``num_layers``; indices out of range, unsorted or repeated.
+            TypeError: a value of another kind.
     """
+    check_mapping(keep)
     pruned = _with_decoder(config)
-    for prefix, indices in keep.items():
+    for prefix, kept in keep.items():
+        if prefix not in num_layers:
+            raise ValueError(f"num_layers has {list(num_layers)}, expected {prefix!r} too, as in keep")
         total = num_layers[prefix]
+        indices = check_indices(kept, f"layers to keep of {prefix!r}", total)
         part, names = _counts(pruned, prefix, total)
         for name in names:
             part[name] = len(indices)

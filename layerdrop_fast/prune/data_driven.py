@@ -21,10 +21,10 @@ HIGHEST_RATE = 0.95  # a layer that never runs could never show that it is misse
 HALVINGS = 60
 
 
-def check_target_rate(rate: float) -> float:
+def check_target_rate(rate: float, name: str = "target_rate") -> float:
     """A mean of drop rates that can be held while all stay below the highest."""
-    if not 0 < check_rate(rate, "target_rate") < HIGHEST_RATE:
-        raise ValueError(f"target_rate is {rate}, expected a number in (0, {HIGHEST_RATE})")
+    if not 0 < check_rate(rate, name) < HIGHEST_RATE:
+        raise ValueError(f"{name} is {rate}, expected a number in (0, {HIGHEST_RATE})")
     return float(rate)
 
 
@@ -141,10 +141,13 @@ class DataDriven(nn.Module):
             loss: as the forward's plan left it: float [], or [B] at granularity "sample", one a sample.
 
         Raises:
-            ValueError: another shape. RuntimeError: there was no training forward yet. Nothing has changed then.
+            ValueError: another shape. TypeError: no tensor. RuntimeError: there was no training forward yet. Nothing
+                has changed then.
         """
         stack = self._stack[0]
         wanted = "[]" if stack.granularity == "batch" else "[B], one a sample"
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss: got a {type(loss).__name__}, expected the tensor {wanted}")
         if loss.dim() != (stack.granularity == "sample"):
             raise ValueError(f"loss: got {list(loss.shape)}, expected {wanted} at granularity {stack.granularity!r}")
         if not stack.counters.forwards:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from layerdrop_fast._checks import check_count
+from layerdrop_fast._checks import check_indices
 from layerdrop_fast.nn.layer_drop_list import LayerDropModuleList, every_layer
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.transformer_stack import TransformerStack
@@ -26,7 +26,10 @@ def checked_keep(model: nn.Module, keep: Keep) -> dict[str, list[int]]:
     by_name = keep if isinstance(keep, Mapping) else {only_list(model): keep}
     lists = {name: layers_of(model, name) for name in by_name}
     _check_apart(lists)
-    return {stack_of(model, name): _checked(name, indices, lists[name]) for name, indices in by_name.items()}
+    return {
+        stack_of(model, name): check_indices(indices, f"layers to keep of {name!r}", len(lists[name]))
+        for name, indices in by_name.items()
+    }
 
 
 def only_list(model: nn.Module) -> str:
@@ -82,12 +85,3 @@ def _check_apart(lists: Mapping[str, nn.ModuleList]) -> None:
             if other != name and any(module is layers for module in within.modules()):
                 how = "are the same list" if within is layers else "are a list and one of its layers' own"
                 raise ValueError(f"{other!r} and {name!r} {how} of layers, expected lists apart from each other")
-
-
-def _checked(name: str, keep: Sequence[int], layers: nn.ModuleList) -> list[int]:
-    indices = [check_count(index, "layer to keep", 0) for index in keep]
-    if not indices or indices != sorted(set(indices)) or indices[-1] >= len(layers):
-        raise ValueError(
-            f"layers to keep of {name!r} are {indices}, expected at least one of 0 to {len(layers) - 1}, ascending"
-        )
-    return indices

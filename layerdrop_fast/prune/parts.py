@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from layerdrop_fast._checks import check_count
+from layerdrop_fast._checks import check_count, check_indices
 from layerdrop_fast.nn.parts import Parts, indices_of
 from layerdrop_fast.nn.transformer_layer import TransformerLayer
 from layerdrop_fast.nn.transformer_stack import TransformerStack
@@ -100,16 +100,9 @@ def _checked(layers: Any, number: int, kept: Sequence[int], kind: str, num_chunk
         others = [i for i, other in enumerate(layers) if other is not layer and _holds(other, weight)]
         if others:
             raise ValueError(f"layer {number} shares {name} with layer {others[0]}, expected weights of its own")
-    if not isinstance(kept, Sequence):
-        raise TypeError(f"{kind}s to keep of layer {number}: got {type(kept).__name__}, expected a list of numbers")
     if kind == "ffn_chunk" and layer.dim_feedforward % num_chunks:
         raise ValueError(f"num_chunks is {num_chunks}, expected a divisor of {layer.dim_feedforward} in layer {number}")
-    indices = [check_count(index, f"{kind} to keep", 0) for index in kept]
-    if not indices or indices != sorted(set(indices)) or indices[-1] >= total:
-        raise ValueError(
-            f"{kind}s to keep of layer {number} are {indices}, expected at least one of 0 to {total - 1}, ascending"
-        )
-    return indices, total
+    return check_indices(kept, f"{kind}s to keep of layer {number}", total), total
 
 
 def _holds(layer: nn.Module, weight: Tensor) -> bool:

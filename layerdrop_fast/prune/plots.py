@@ -24,10 +24,14 @@ def plot_curves(curves: Mapping[str, Curve], axes: Axes | None = None) -> Axes:
         axes: matplotlib's, to draw into; None: those of a new figure, which ``.figure.savefig(path)`` writes.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed (``pip install 'layerdrop_fast[demo]'``).
+        ModuleNotFoundError: matplotlib is not installed (``pip install 'layerdrop_fast[demo]'``). TypeError: a curve
+            without a name.
     """
     from matplotlib.ticker import MaxNLocator
 
+    for name, curve in curves.items():
+        if not isinstance(curve, Mapping):
+            raise TypeError(f"curves[{name!r}] is a {type(curve).__name__}, expected {{name: {{depth: value}}}}")
     axes = _new_axes() if axes is None else axes
     for name, curve in curves.items():
         depths = sorted(curve)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from layerdrop_fast.prune.state_dict import checked_keep, layer_lists, number_of_layers, renamed
 
-# From the lists of layers that were found, {prefix: layers}, to what to keep of each.
-Choose = Callable[[dict[str, int]], Mapping[str, Sequence[int]]]
+# What to keep of each list of layers; or a function from the lists that were found, {prefix: layers}, to that.
+Kept: TypeAlias = Mapping[str, Sequence[int]]
+Choose: TypeAlias = Kept | Callable[[dict[str, int]], Kept]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,6 @@ class Pruned:
 
 def planned(sizes: Mapping[str, int], choose: Choose) -> Pruned:
     """What will be cut of a state dict with these entries, in bytes."""
-    keep = checked_keep(sizes, choose(layer_lists(sizes)))
+    keep = checked_keep(sizes, choose(layer_lists(sizes)) if callable(choose) else choose)
     after = sum(size for name, size in sizes.items() if renamed(name, keep) is not None)
     return Pruned(keep, {prefix: number_of_layers(sizes, prefix) for prefix in keep}, sum(sizes.values()), after)

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from layerdrop_fast._checks import check_count
+from layerdrop_fast.nn.modes import evaluating
 from layerdrop_fast.prune.every_other import every_other
 from layerdrop_fast.prune.lists import layers_of, only_list, stack_of
-from layerdrop_fast.prune.shared_prefixes import Evaluate
-from layerdrop_fast.prune.skip_layers import same_modes, skip_layers
+from layerdrop_fast.prune.shared_prefixes import Evaluate, number_from
+from layerdrop_fast.prune.skip_layers import skip_layers
 
 
 class Strategy(Protocol):
@@ -33,8 +34,8 @@ def pruning_curve(
     """What ``evaluate`` says of the model cut to each depth, without retraining.
 
     Args:
-        model: as for ``extract``; no weight is copied, and it is left as it is.
-        evaluate: called with the model at each depth, under ``torch.no_grad()``; returns a number.
+        model: as for ``extract``; no weight is copied, and it is left as it is, in the mode it was in.
+        evaluate: called with the model at each depth, in evaluation mode under ``torch.no_grad()``; returns a number.
         depths: numbers of layers to keep; None: all, from the full depth to 1.
         strategy: ``strategy(L, kept=r)`` says which, ``every_other`` for instance.
         layers: the name of the list of layers; None: the only one.
@@ -45,7 +46,7 @@ def pruning_curve(
 
     Raises:
         ValueError: a depth that the model does not have; a strategy that keeps other layers than it has, or another
-            number of them.
+            number of them. TypeError: ``evaluate`` returns no number.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), figure 2.
     """
@@ -61,8 +62,8 @@ def pruning_curve(
             raise ValueError(f"the strategy keeps {keep}, expected {depth} of {full} layers")
     curve: dict[int, float] = {}
     for depth in wanted:
-        with torch.no_grad(), same_modes(model), skip_layers(model, {name: keeps[depth]}):
-            curve[depth] = float(evaluate(model))
+        with torch.no_grad(), evaluating(model), skip_layers(model, {name: keeps[depth]}):
+            curve[depth] = number_from(evaluate, model)
         if on_depth is not None:
             on_depth(depth, curve[depth])
     return curve

@@ -15,10 +15,11 @@ from torch import nn
 
 from layerdrop_fast._files import replace_atomically
 from layerdrop_fast._progress import stage
+from layerdrop_fast.nn.modes import evaluating
 from layerdrop_fast.prune.fingerprints import of_weights
 from layerdrop_fast.prune.lists import layers_of
-from layerdrop_fast.prune.shared_prefixes import Evaluate, SharedPrefixes
-from layerdrop_fast.prune.skip_layers import same_modes, skip_layers
+from layerdrop_fast.prune.shared_prefixes import Evaluate, SharedPrefixes, number_from
+from layerdrop_fast.prune.skip_layers import skip_layers
 
 Subset: TypeAlias = tuple[int, ...]
 SECONDS_BETWEEN_SAVES = 10.0
@@ -26,7 +27,7 @@ SAME_SCORE = 1e-4  # of the score, or of the largest one; the order of sums may 
 
 
 class Scores:
-    """Evaluates subsets of layers, and remembers. The model is left in the mode it was in.
+    """Evaluates subsets of layers in evaluation mode, and remembers. The model is left in the mode it was in.
 
     Args:
         model, name: the model and its list of layers.
@@ -95,11 +96,11 @@ class Scores:
 
     def _score(self, subset: Subset) -> float:
         self.layers_asked += len(subset)
-        with same_modes(self.model):
+        with evaluating(self.model):
             if self.prefixes is not None:
                 return self.prefixes(subset)
             with torch.no_grad(), skip_layers(self.model, {self.name: subset}):
-                return float(self.evaluate(self.model))
+                return number_from(self.evaluate, self.model)
 
     def _save(self) -> None:
         if self.resume is not None:

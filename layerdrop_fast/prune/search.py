@@ -99,9 +99,9 @@ def search(
     Args:
         model: a module that is or holds a list of layers, as for ``extract``; it is left as it is, and in the mode it
             was in.
-        evaluate: called with the model at the smaller depth, under ``torch.no_grad()``; returns a number, lower is
-            better. It calls the model with the same inputs in the same order each time. A list's layers, and what
-            holds them, run uncompiled then; a stack's may be compiled.
+        evaluate: called with the model at the smaller depth, in evaluation mode under ``torch.no_grad()``; returns a
+            number, lower is better. It calls the model with the same inputs in the same order each time. A list's
+            layers, and what holds them, run uncompiled then; a stack's may be compiled.
         kept: how many layers to keep, 1 to L.
         method: "exhaustive", all subsets; "greedy", from all layers on always without the one that is missed least;
             "beam", the same from the ``width`` best; "random", ``trials`` subsets.
@@ -118,7 +118,8 @@ def search(
 
     Raises:
         ValueError: a value out of range; more than a million subsets; inputs that change; scores that shared prefixes
-            change; a ``resume`` file of another model or ``evaluate``. TypeError: a value of another kind.
+            change; an ``evaluate`` that runs no layer; no candidate with a finite score; a ``resume`` file of another
+            model or ``evaluate``. TypeError: a value of another kind.
 
     Randomness: "random" draws from numpy's PCG64 with ``seed``.
 
@@ -151,6 +152,8 @@ def search(
     else:
         found = _eliminate(scores, depth, kept, width if method == "beam" else 1)
     best = sorted(found, key=lambda subset: _order(found[subset], subset))
+    if not math.isfinite(found[best[0]]):
+        raise ValueError(f"the best of {len(found)} candidates scores {found[best[0]]}, expected a finite number")
     value = scores.of([baseline], "every other")[baseline]
     scores.forget_states()
     others: dict[Subset, float] = {}

@@ -92,7 +92,7 @@ class SharedPrefixes:
         try:
             with torch.no_grad(), skip_layers(self.model, {self.name: keep}):
                 with self._watched():
-                    value = float(self.evaluate(self.model))
+                    value = number_from(self.evaluate, self.model)
                 self._check_calls()
                 self._check_score(keep, value)
         except BaseException:
@@ -264,6 +264,10 @@ class SharedPrefixes:
             )
 
     def _check_calls(self) -> None:
+        if not self._inputs:
+            raise ValueError(
+                f"evaluate called no layer of {self.name!r}, expected it to call the model that it is given"
+            )
         if set(self._calls) != {len(self._inputs)}:
             raise ValueError(
                 f"the layers of {self.name!r} were called {self._calls} times, expected {len(self._inputs)} times "
@@ -279,7 +283,7 @@ class SharedPrefixes:
             return
         self._next_check = 2 if self._evaluations == 1 else self._evaluations * CHECKS_GROW_BY
         with self._eager():
-            alone = float(self.evaluate(self.model))
+            alone = number_from(self.evaluate, self.model)
         same = math.isclose(value, alone, rel_tol=self._rounding, abs_tol=self._rounding * self._largest)
         if not same and not (math.isnan(value) and math.isnan(alone)):
             raise ValueError(
@@ -287,6 +291,16 @@ class SharedPrefixes:
                 "every layer run: expected a model that reads states between layers nowhere, and an evaluate that "
                 "gives the same number for the same layers; or share_prefixes=False"
             )
+
+
+def number_from(evaluate: Evaluate, model: nn.Module) -> float:
+    """What ``evaluate`` says of the model."""
+    value = evaluate(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # None, a word, a tensor of several numbers
+        got = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
+        raise TypeError(f"evaluate returned a {type(value).__name__} {got}, expected a number") from None
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -56,17 +56,6 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
 
 
 @contextmanager
-def same_modes(model: nn.Module) -> Iterator[None]:
-    """Behind the block, each module is in training or evaluation mode as it was before."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-@contextmanager
 def early_exit(model: Model, layer: int, name: str | None = None) -> Iterator[Model]:
     """Within the block, ``model`` runs only its first ``layer`` layers; what comes behind the last runs as before.
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from layerdrop_fast._checks import check_count
+from layerdrop_fast._checks import check_indices
 
 Value = TypeVar("Value")
 
@@ -66,7 +66,14 @@ def checked_keep(names: Iterable[str], keep: Mapping[str, Sequence[int]]) -> dic
     return {prefix: _checked(prefix, indices, names) for prefix, indices in keep.items()}
 
 
+def check_mapping(keep: Mapping[str, Sequence[int]]) -> None:
+    """What to keep is said list by list."""
+    if not isinstance(keep, Mapping):
+        raise TypeError(f"keep is a {type(keep).__name__}, expected {{prefix: layers to keep}}")
+
+
 def _check_prefixes(keep: Mapping[str, Sequence[int]]) -> None:
+    check_mapping(keep)
     if not keep:
         raise ValueError("keep is empty, expected {prefix: layers to keep}")
     for prefix in keep:
@@ -105,14 +112,11 @@ def _checked(prefix: str, keep: Sequence[int], names: Sequence[str]) -> list[int
 
 def _checked_indices(prefix: str, keep: Sequence[int], layers: Iterable[int], names: Iterable[str]) -> list[int]:
     """The layers to keep, checked against the numbers of those that there are."""
-    indices = [check_count(index, f"layer to keep of {prefix!r}", 0) for index in keep]
     last = max(layers, default=None)
     if last is None:
         found = ", ".join(f"{other!r} ({count})" for other, count in layer_lists(names).items()) or "none"
         raise ValueError(f"no layers {_dotted(prefix)}0, {_dotted(prefix)}1, ...; found lists of layers: {found}")
-    if not indices or indices != sorted(set(indices)) or indices[-1] > last:
-        raise ValueError(f"layers to keep of {prefix!r} are {indices}, expected at least one of 0 to {last}, ascending")
-    return indices
+    return check_indices(keep, f"layers to keep of {prefix!r}", last + 1)
 
 
 def _layer_of(name: str, prefix: str) -> tuple[int | None, str]:
@@ -149,12 +153,15 @@ def prune_optimizer_state_dict(
 
     Raises:
         ValueError: no names, or another number of them than of parameters; a prefix without layers; indices out of
-            range, unsorted or repeated; with ``model``, as ``prune_state_dict``.
+            range, unsorted or repeated; with ``model``, as ``prune_state_dict``. TypeError: a value of another kind.
     """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}, expected what optimizer.state_dict() returns")
     if names is None:
         names = own_names(state_dict)
         if names is None:
             raise ValueError("the optimizer's state has no param_names, expected them, or names")
+    _check_number(state_dict, names)
     if model is not None:
         checked = checked_keep(model, keep)
     else:
@@ -174,14 +181,19 @@ def own_names(optimizer: Mapping[str, Any]) -> list[str] | None:
     return [name for group in groups for name in group["param_names"]]
 
 
+def _check_number(optimizer: Mapping[str, Any], names: Sequence[str]) -> None:
+    total = sum(len(group["params"]) for group in optimizer["param_groups"])
+    if len(names) != total:
+        raise ValueError(f"got {len(names)} names, expected {total}, one a parameter of the optimizer")
+
+
 def cut_optimizer(
     state_dict: Mapping[str, Any], keep: Mapping[str, Sequence[int]], names: Sequence[str]
 ) -> dict[str, Any]:
     """``prune_optimizer_state_dict`` with ``keep`` as it is."""
     groups = state_dict["param_groups"]
     numbers = [number for group in groups for number in group["params"]]
-    if len(names) != len(numbers):
-        raise ValueError(f"got {len(names)} names, expected {len(numbers)}, one a parameter of the optimizer")
+    _check_number(state_dict, names)
     new_names = {number: renamed(name, keep) for number, name in zip(numbers, names, strict=True)}
     kept = [number for number in numbers if new_names[number] is not None]
     places = {number: place for place, number in enumerate(kept)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,17 @@ def _load(source: Path) -> Any:
         except (*BROKEN, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the reader sought before the start
                 raise
-            raise ValueError(f"cannot read {source}, expected a file of torch.save with weights: {error}") from error
+            raise ValueError(
+                f"cannot read {source}, expected state dicts that torch.save wrote: {_why(error)}"
+            ) from error
+
+
+def _why(error: Exception) -> str:
+    """What stands in the way, without torch's advice to execute it."""
+    text = str(error)
+    if "weights_only" in text and (named := re.search(r"GLOBAL (\S+)", text)):
+        return f"it holds a {named[1]}, which is not a tensor and would have to be executed; save model.state_dict()"
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no more is known'}"
 
 
 def _state_dicts(value: Any) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from layerdrop_fast.recipes.files import RecipeError, read_bytes, write_atomically
 
 
+class DamagedError(RecipeError):
+    """What is in a file is not what a checkpoint of this program has."""
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     """Writes tensors and a JSON record as one file, in one move.
 
@@ -84,8 +88,8 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
     return sha256.hexdigest()
 
 
-def _damaged(path: Path) -> RecipeError:
-    return RecipeError(
+def _damaged(path: Path) -> DamagedError:
+    return DamagedError(
         f"{path} is damaged, or no checkpoint of this program: move it away to do that part again, "
         "or give --restart to begin anew"
     )
@@ -94,9 +98,10 @@ def _damaged(path: Path) -> RecipeError:
 def check_same_settings(where: Path, stored: Any, wanted: dict[str, Any]) -> None:
     """Raises a RecipeError that names both sides where a saved run was made with other settings."""
     stored = stored if isinstance(stored, dict) else {}
-    for name, value in json.loads(json.dumps(wanted)).items():
-        if name not in stored or stored[name] != value:
-            raise RecipeError(
-                f"{where} was made with {name} = {stored.get(name)}, this call has {name} = {value}: "
-                "repeat the earlier call, choose another folder with --out, or give --restart to begin anew"
-            )
+    now = json.loads(json.dumps(wanted))
+    if other := [name for name in now if name not in stored or stored[name] != now[name]]:
+        before, here = (", ".join(f"{name} = {side.get(name)}" for name in other) for side in (stored, now))
+        raise RecipeError(
+            f"{where} was made with {before}, this call has {here}: "
+            "repeat the earlier call, choose another folder with --out, or give --restart to begin anew"
+        )

@@ -14,7 +14,7 @@ from layerdrop_fast.models import TransformerLM
 from layerdrop_fast.prune import pruning_curve
 from layerdrop_fast.recipes.training import Stopped
 
-ROWS_AT_ONCE = 64
+TOKENS_AT_ONCE = 4096
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def bits_per_token(model: nn.Module, scored: npt.NDArray[np.int64]) -> float:
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
-    for rows in torch.from_numpy(scored).split(ROWS_AT_ONCE):
+    for rows in torch.from_numpy(scored).split(max(1, TOKENS_AT_ONCE // (scored.shape[1] - 1))):
         tokens = rows.to(device)
         total += float(model.loss(tokens[:, :-1], tokens[:, 1:], per_sample=True).double().sum())
     return total / len(scored) / math.log(2)

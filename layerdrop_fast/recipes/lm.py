@@ -28,6 +28,7 @@ from layerdrop_fast.recipes.training import DENSE, Recipe, Training
 
 EVALUATION_WINDOWS = 512
 NAME = "model"
+RESULTS = ("metrics.json", "depth.png", "training.png", "vocabulary.json")
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ def run(options: Options) -> None:
     missing = [name for name in ("matplotlib", "rich", "safetensors") if find_spec(name) is None]
     if missing:
         raise RecipeError(f"train needs {', '.join(missing)}: pip install 'layerdrop_fast[recipes]'")
+    device = device_of(options.device)
+    corpus = corpus_of(options)
+    training = training_of(options, corpus)
     with StopSignal() as stop, locked(options.out):
-        device = device_of(options.device)
-        corpus = corpus_of(options)
-        training = training_of(options, corpus)
-        if options.restart:  # only now that nothing is wrong with what is asked for
-            for name in ("metrics.json", f"{NAME}.safetensors", f"{NAME}.training.safetensors"):
+        if options.restart:
+            for name in (f"{NAME}.safetensors", f"{NAME}.training.safetensors", *RESULTS):
                 remove(options.out / name)
         print(introduction(options, corpus, training, device), flush=True)
         with reproducible(device):
@@ -108,6 +109,8 @@ def run(options: Options) -> None:
 def corpus_of(options: Options) -> Corpus:
     """The text in the tokens of the configuration."""
     by_words = CONFIGURATIONS[options.configuration].words
+    if options.text is not None and options.text.is_dir() and not by_words:
+        raise RecipeError(f"{options.text} is a folder, expected a file, or --config words-16, which reads WikiText's")
     if options.dataset is not None:
         if options.text is not None or not by_words:
             raise RecipeError("--dataset is read word by word: give no --text, and a configuration that reads words")
@@ -130,7 +133,7 @@ def training_of(options: Options, corpus: Corpus) -> Training:
         with torch.device("meta"):
             training.model()
         if training.recipe.learned:
-            check_target_rate(training.mean_rate)
+            check_target_rate(training.mean_rate, "the mean drop rate (--p)")
     except ValueError as error:  # choices that do not go together
         raise RecipeError(str(error)) from error
     for name, part in (("training", corpus.train), ("validation", corpus.validation)):
@@ -145,12 +148,17 @@ def training_of(options: Options, corpus: Corpus) -> Training:
 def introduction(options: Options, corpus: Corpus, training: Training, device: torch.device) -> str:
     """What is about to happen, in a few lines."""
     size = training.size
-    drop = training.recipe.schedule(size.num_layers, training.steps)
+    recipe = training.recipe
+    drop = (
+        f"learned, mean {training.mean_rate:.3g}"
+        if recipe.learned
+        else recipe.schedule(size.num_layers, training.steps)
+    )
     tokens = training.batch * training.accumulation * size.context
     return (
         f"{options.configuration}: {CONFIGURATIONS[options.configuration].about}\n"
         f"Text: {corpus.name}, {len(corpus.train):,} {corpus.unit}s to learn from, vocabulary {corpus.vocab_size:,}.\n"
-        f"{size.num_layers} layers, drop rates: {drop}, {training.recipe.granularity}, scale {training.recipe.scale}; "
+        f"{size.num_layers} layers, drop rates: {drop}, {recipe.granularity}, scale {recipe.scale}; "
         f"{training.steps:,} steps of {tokens:,} tokens.\n"
         f"On {machine(device)}, threads: {torch.get_num_threads()}."
     )

@@ -25,6 +25,8 @@ def read_results(path: Path) -> list[Result]:
         found: list[Result] = json.loads(read_bytes(path))["results"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} is no file of results: {error!r}") from error
+    if not isinstance(found, list) or not all(isinstance(result, dict) for result in found):
+        raise RecipeError(f"{path} is no file of results: results are {str(found)[:40]}, expected a list of objects")
     return found
 
 

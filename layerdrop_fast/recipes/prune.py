@@ -26,7 +26,7 @@ class Options:
     out: Path
     kept: int | None = None
     keep: Sequence[int] | None = None
-    strategy: str = "every-other"
+    strategy: str | None = None  # with ``kept``: "every-other"
     layers: Sequence[str] | None = None  # prefixes of lists of layers; None: the only one
 
 
@@ -37,6 +37,10 @@ def run(options: Options) -> None:
         RecipeError: something the user can mend; there is no output then.
     """
     source = options.source
+    if options.keep is not None and options.strategy is not None:
+        raise RecipeError(
+            f"--keep says which layers stay, --strategy {options.strategy} chooses them: give one of both"
+        )
     if (source.is_dir() or source.suffix == ".safetensors") and find_spec("safetensors") is None:
         raise RecipeError("prune needs safetensors: pip install 'layerdrop_fast[recipes]'")
     try:
@@ -69,7 +73,7 @@ def _keep(options: Options, lists: Mapping[str, int]) -> dict[str, Sequence[int]
     for prefix in chosen:
         if not 1 <= kept <= lists[prefix]:
             raise ValueError(f"--kept is {kept}, expected 1 to {lists[prefix]}, the layers of {prefix!r}")
-    return {prefix: STRATEGIES[options.strategy](lists[prefix], kept) for prefix in chosen}
+    return {prefix: STRATEGIES[options.strategy or "every-other"](lists[prefix], kept) for prefix in chosen}
 
 
 def _listed(keep: Sequence[int]) -> str:

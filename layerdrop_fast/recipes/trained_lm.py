@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from layerdrop_fast.models import TransformerLM
-from layerdrop_fast.recipes.checkpoint import load_checkpoint, load_weights
+from layerdrop_fast.recipes.checkpoint import DamagedError, load_checkpoint, load_weights
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.training import DENSE, ModelSize, Training
 
@@ -26,8 +26,15 @@ def load_lm(path: Path | str, *, device: torch.device | str = "cpu") -> Transfor
         RecipeError: it cannot be read, is damaged, or holds no model of this version's.
     """
     path = Path(path)
-    tensors, record = load_checkpoint(path)
-    settings = record.get("settings", {})
+    try:
+        tensors, record = load_checkpoint(path)
+    except DamagedError:
+        raise RecipeError(
+            f"{path} is damaged, or not what train or the demo wrote (weights that were cut go into a model that is "
+            "cut alike, by load_state_dict)"
+        ) from None
+    settings = record.get("settings") if isinstance(record, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
     names = [field.name for field in dataclasses.fields(ModelSize)]
     if missing := [name for name in names if name not in settings]:
         raise RecipeError(
@@ -36,6 +43,6 @@ def load_lm(path: Path | str, *, device: torch.device | str = "cpu") -> Transfor
     size = {name: settings[name] for name in names}
     cutoffs = None if size["cutoffs"] is None else tuple(size["cutoffs"])
     with torch.random.fork_rng(devices=[]):
-        model = Training(ModelSize(**{**size, "cutoffs": cutoffs}), DENSE, steps=1).model()
+        model = Training(ModelSize(**{**size, "cutoffs": cutoffs}), DENSE, steps=1).drawn()
     load_weights(path, model, tensors)
     return model.to(device).eval()

@@ -130,6 +130,10 @@ class Training:
     def model(self) -> TransformerLM:
         """The model at step 0, drawn from the seed; torch's generator stands where that left it."""
         torch.manual_seed(self.seed)
+        return self.drawn()
+
+    def drawn(self) -> TransformerLM:
+        """The model with weights from torch's generator as it stands."""
         size = dataclasses.asdict(self.size)
         shape = [size.pop(name) for name in ("vocab_size", "d_model", "nhead", "num_layers", "dim_feedforward")]
         recipe = self.recipe

@@ -30,6 +30,8 @@ def from_text(path: Path, *, min_count: int = 3) -> Corpus:
         return corpus(path.name, train, validation, min_count=1)
     lines = _lines(path)
     cut = len(lines) * 9 // 10
+    if cut == 0:
+        raise RecipeError(f"{path} has {len(lines)} line, expected more: the last tenth of the lines is for validation")
     return corpus(path.name, lines[:cut], lines[cut:], min_count=min_count)
 
 
@@ -87,6 +89,6 @@ def _encoded(lines: Iterable[str], numbers: dict[str, int]) -> Tokens:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return read_bytes(path).decode().splitlines()
+        return read_bytes(path).decode().split("\n")  # as datasets does; not at other characters that may end a line
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is no UTF-8 text: {error}") from None

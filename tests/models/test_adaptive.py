@@ -72,6 +72,7 @@ def test_sinusoids():
             assert table[position, channel] == pytest.approx(math.sin(angle), abs=1e-5)
             assert table[position, 4 + channel] == pytest.approx(math.cos(angle), abs=1e-5)
     assert sinusoidal_positions(3, 5)[:, 4].tolist() == [0.0] * 3
+    assert sinusoidal_positions(2, 2)[1].tolist() == pytest.approx([math.sin(1), math.cos(1)])
 
 
 def test_sinusoids_are_added_and_not_saved():
@@ -99,6 +100,21 @@ def test_the_papers_models_have_its_parameters(name, parameters):
     with torch.device("meta"):
         model = CONFIGURATIONS[name].of(267_744).model()
     assert sum(weight.numel() for weight in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["wikitext-103-16", "wikitext-103-40"])
+def test_the_papers_training_is_as_told(name):
+    training = CONFIGURATIONS[name].of(267_735)
+    assert training.batch * training.accumulation * training.size.context == 73_728
+    assert (training.optimizer, training.momentum, training.clip, training.dtype) == ("nag", 0.99, 0.1, "bfloat16")
+    assert (training.size.dropout, training.size.attention_dropout, training.size.activation_dropout) == (0.3, 0.1, 0.1)
+    rates = [training.learning_rate_at(step) for step in (0, 7_999, 15_999, 16_000, 151_000, 285_999)]
+    assert rates == pytest.approx([1 / 16_000, 0.5, 1.0, 1.0, 0.50005, 1e-4], rel=1e-4)
+
+
+@pytest.mark.parametrize(("vocab_size", "cutoffs"), [(2_000, None), (2_001, (2_000,)), (10_001, (2_000, 10_000))])
+def test_bands_that_a_vocabulary_does_not_reach_are_left_out(vocab_size, cutoffs):
+    assert CONFIGURATIONS["words-16"].of(vocab_size).size.cutoffs == cutoffs
 
 
 @pytest.mark.parametrize("cutoffs", [(), (5, 5), (7, 5), (5, 20)])

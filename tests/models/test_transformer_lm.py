@@ -84,6 +84,16 @@ def test_the_first_loss_is_near_that_of_guessing(num_layers):
     assert loss.item() == pytest.approx(2.4 + 0.5, abs=0.25)
 
 
+@pytest.mark.parametrize("num_layers", [1, 16])
+def test_what_ends_a_branch_starts_smaller_the_more_there_are(num_layers):
+    model = lm(num_layers=num_layers, d_model=64, nhead=4, dim_feedforward=256, vocab_size=500).eval()
+    assert model.token_embedding.weight.std().item() == pytest.approx(0.5, rel=0.02)
+    for layer in model.stack.layers:
+        for weight in (layer.self_attn.out_proj.weight, layer.linear2.weight):
+            assert weight.std().item() == pytest.approx((2 * num_layers * weight.shape[1]) ** -0.5, rel=0.05)
+        assert layer.linear1.weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+
+
 def test_a_dropped_layer_gets_no_gradient_and_a_kept_one_does():
     model = lm(schedule=0.5, num_layers=8, seed=0)
     kept = model.stack.plan().layers
@@ -125,6 +135,12 @@ def test_dropout_acts_in_training_only():
     assert (model(tokens()) - model(tokens())).abs().max() > 0
     model.eval()
     assert (model(tokens()) - model(tokens())).abs().max() == 0
+
+
+def test_dropout_acts_behind_the_embeddings():
+    model = lm(dropout=0.5, schedule=1.0, d_model=64, nhead=4)  # no layer runs
+    assert (model._stream(tokens(), None) == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (model.eval().token_embedding(tokens()) == 0).sum() == 0
 
 
 def test_gradients_agree_with_finite_differences():

@@ -148,7 +148,7 @@ class Malicious:
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": model_of().state_dict(), "x": Malicious()}, tmp_path / "in.pt")
-    with pytest.raises(ValueError, match=r"(?s)cannot read .*in.pt.*mkdir"):
+    with pytest.raises(ValueError, match=r"cannot read .*in.pt.*: it holds a posix.mkdir, .*; save model.state_dict"):
         prune_checkpoint(tmp_path / "in.pt", tmp_path / "out.pt", choose)
     assert os.listdir(tmp_path) == ["in.pt"]
 
@@ -299,8 +299,17 @@ def test_sources_and_targets_of_another_kind_are_refused(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.txt").write_text("")
     (tmp_path / "empty").mkdir()
+    for part in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / part).write_bytes(whole)
     before = sorted(os.listdir(tmp_path))
     for source, out, message in [
+        (
+            "model-00001-of-00002.safetensors",
+            "out.safetensors",
+            "is a part of a checkpoint, expected the whole: its fo",
+        ),
+        ("model.safetensors.index.json", "out", "is a part of a checkpoint, expected the whole: its folder"),
+        ("in.safetensors", "nowhere/out.safetensors", "nowhere is no folder, expected one to write out.safetensors in"),
         ("in.safetensors", "text.txt", "text.txt exists, expected a new name"),
         ("text.txt", "out.txt", "is none of a folder, .safetensors, .pt"),
         ("broken.safetensors", "out.safetensors", "broken.safetensors is no safetensors file"),
@@ -323,8 +332,16 @@ def test_sources_and_targets_of_another_kind_are_refused(tmp_path):
             prune_checkpoint(tmp_path / source, tmp_path / out, choose)
         assert sorted(os.listdir(tmp_path)) == before
     for suffix in (".safetensors", ".pt"):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError, match=f"No such file or directory: .*nowhere{suffix}"):
             prune_checkpoint(tmp_path / f"nowhere{suffix}", tmp_path / f"out{suffix}", choose)
+
+
+def test_what_to_keep_may_be_said_at_once(tmp_path):
+    model = model_of()
+    save_file(model.state_dict(), tmp_path / "model-00001-of-00001.safetensors")
+    cut = prune_checkpoint(tmp_path / "model-00001-of-00001.safetensors", tmp_path / "o.safetensors", {"layers": KEEP})
+    assert cut.kept == {"layers": KEEP}
+    assert_same(load_file(tmp_path / "o.safetensors"), expected(model))
 
 
 def test_every_other_of_what_is_there(tmp_path):

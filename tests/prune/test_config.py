@@ -91,3 +91,20 @@ def test_an_encoder_and_decoder_with_one_number_is_refused():
 def test_a_config_of_another_model_is_refused(config, prefix):
     with pytest.raises(ValueError, match="expected the 4 layers of 'layers' in one place"):
         prune_config(config, {prefix: [0]}, {prefix: 4})
+
+
+@pytest.mark.parametrize(
+    ("keep", "error", "message"),
+    [
+        ({"layers": [0, 4]}, ValueError, r"layers to keep of 'layers' are \[0, 4\], expected at least one of 0 to 3"),
+        ({"layers": [1, 1]}, ValueError, r"are \[1, 1\]"),
+        ({"layers": []}, ValueError, r"are \[\]"),
+        ({"other": [0]}, ValueError, r"num_layers has \['layers'\], expected 'other' too"),
+        ([0], TypeError, "keep is a list"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(keep, error, message):
+    config = {"num_hidden_layers": 4, "layer_types": list("abcd")}
+    with pytest.raises(error, match=message):
+        prune_config(config, keep, {"layers": 4})
+    assert config == {"num_hidden_layers": 4, "layer_types": list("abcd")}

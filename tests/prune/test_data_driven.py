@@ -309,6 +309,8 @@ def test_a_loss_of_another_shape_is_refused(granularity):
     stack(torch.randn(4, 6))
     with pytest.raises(ValueError, match=rf"loss: got \[4?\], expected \[B?\].* at granularity '{granularity}'"):
         driven.backward(wrong)
+    with pytest.raises(TypeError, match="loss: got a float, expected the tensor"):
+        driven.backward(1.0)
     driven.backward(right)
     assert driven.state_dict()["steps"] == 1
 

@@ -117,7 +117,7 @@ def test_a_layer_that_stands_twice():
         ([1, 0], r"are \[1, 0\], expected"),
         ([1, 1], r"are \[1, 1\], expected"),
         ([], r"are \[\], expected"),
-        ([-1], r"must be at least 0, got -1"),
+        ([-1], r"are \[-1\], expected at least one of 0 to"),
         ({"layers.0": [0]}, r"'layers.0' is a Block, expected a LayerDropStack or a list of layers"),
         ({"nowhere": [0]}, r"LayerDropStack has no module 'nowhere'"),
     ],

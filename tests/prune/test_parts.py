@@ -126,7 +126,7 @@ def test_weights_that_are_shared_or_computed_are_named():
 
 @pytest.mark.parametrize("keep", [3, {0: None}])
 def test_what_is_no_list_is_named(keep):
-    with pytest.raises(TypeError, match=r"heads to keep of layer 0: got .*, expected a list of numbers"):
+    with pytest.raises(TypeError, match=r"heads to keep of layer 0 are .* of type .*, expected a list of integers"):
         prune_heads(made("plain"), keep)
 
 

@@ -57,3 +57,8 @@ def test_ticks_are_whole_layers_and_axes_may_be_given(tmp_path):
     assert all(tick == int(tick) for tick in first.get_xticks())
     first.figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_without_a_name_is_refused():
+    with pytest.raises(TypeError, match=r"curves\[2\] is a float, expected \{name: \{depth: value\}\}"):
+        plot_curves({2: 1.0, 1: 2.0})

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -160,9 +162,9 @@ _files.replace_atomically(pathlib.Path({str(file)!r}), b"never there")
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    bystanders = [tmp_path / name for name in (".other.1-0.tmp", ".file.txt", "file.tmp")]
+    bystanders = [tmp_path / name for name in (".other.1-0.tmp", ".file.txt", "file.tmp", ".file.folder.tmp")]
     for bystander in bystanders:
-        bystander.write_bytes(b"")
+        bystander.mkdir() if "folder" in bystander.name else bystander.write_bytes(b"")
         os.utime(bystander, (0, 0))
     replace_atomically(file, b"now")
     assert left.exists(), "another process may still be at it"
@@ -170,3 +172,27 @@ _files.replace_atomically(pathlib.Path({str(file)!r}), b"never there")
     os.utime(left, (hour_ago, hour_ago))
     replace_atomically(file, b"later")
     assert sorted(tmp_path.iterdir()) == sorted([file, *bystanders])
+
+
+def test_what_another_process_has_removed_is_no_error(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / ".file.1-0.tmp"]))
+    replace_atomically(file, b"now")
+    assert file.read_bytes() == b"now"
+
+
+def test_content_and_folder_reach_the_disk_around_the_move(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(number):
+        done.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def moved(source, target):
+        done.append("move")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", moved)
+    replace_atomically(tmp_path / "file", b"now")
+    assert done == ["file", "move", "folder"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from layerdrop_fast import LayerDropModuleList, LayerDropStack, TransformerStack
 from layerdrop_fast.models import TransformerLM
-from layerdrop_fast.prune import every_other, extract, search
+from layerdrop_fast.prune import every_other, extract, pruning_curve, search
 from layerdrop_fast.prune.scores import Scores
 from layerdrop_fast.prune.search import Scored, SearchResult
 from layerdrop_fast.prune.shared_prefixes import SharedPrefixes
@@ -184,13 +184,14 @@ def test_a_held_out_split_judges_the_best_and_every_other():
 
 
 def test_no_number_ranks_last():
-    found = search(
-        Model(LISTS["ModuleList"](4)),
-        lambda model: math.nan if evaluate(model) < 0 or model.layers[0] is model.layers[-1] else 2.0,
-        kept=1,
-        layers="layers",
-    )
-    assert all(math.isnan(row.value) for row in found.ranked)
+    for nothing in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"the best of 4 candidates scores {nothing}, expected a finite number"):
+            search(
+                Model(LISTS["ModuleList"](4)),
+                lambda model, nothing=nothing: evaluate(model) * 0 + nothing,
+                kept=1,
+                layers="layers",
+            )
     model = Model(LISTS["ModuleList"](4))
     values = dict(zip(combinations(model.layers, 2), [math.nan, 3.0, math.nan, 1.0, 2.0, 4.0], strict=True))
     found = search(model, lambda model: 0 * evaluate(model) + values[tuple(model.layers)], kept=2, layers="layers")
@@ -277,8 +278,32 @@ def test_an_evaluate_that_changes_its_mind_is_refused():
         with pytest.raises(ValueError, match=r"the layers \[0, 1\] of 'layers' score .* and .* with every layer run"):
             search(model, wrong, kept=2, layers="layers")
     with pytest.raises(ValueError, match=r"is in training mode, expected evaluate to call model.eval\(\)"):
-        search(model.train(), lambda model: model(BATCHES[0]).mean().item(), kept=2, layers="layers")
+        search(model, lambda model: model.train()(BATCHES[0]).mean().item(), kept=2, layers="layers")
+    with pytest.raises(ValueError, match="evaluate called no layer of 'layers', expected it to call the model"):
+        search(model, lambda model: 1.0, kept=2, layers="layers")
+    for nothing, named in ((None, "a NoneType None"), (torch.ones(2), r"a Tensor of shape \[2\]"), ("x", "a str 'x'")):
+        for share in (True, False):
+            with pytest.raises(TypeError, match=f"evaluate returned {named}, expected a number"):
+                search(model, lambda model, it=nothing: it, kept=2, layers="layers", share_prefixes=share)
     assert "forward" not in vars(model.layers[0])
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_models_are_evaluated_in_evaluation_mode_and_left_as_they_were(share_prefixes):
+    model = LayerDropStack(blocks(4), 0.5)
+    model.layers[2].eval()
+    seen = []
+
+    def value(model):
+        seen.append(any(module.training for module in model.modules()))
+        return model(BATCHES[0]).mean().item()
+
+    first, again = (search(model, value, kept=2, share_prefixes=share_prefixes) for _ in range(2))
+    assert first.ranked == again.ranked
+    assert pruning_curve(model, value) == pruning_curve(model, value)
+    assert not any(seen)
+    assert [layer.training for layer in model.layers] == [True, True, False, True]
+    assert model.training
 
 
 def test_stacks_that_return_more_than_x_are_refused():

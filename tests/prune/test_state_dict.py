@@ -109,13 +109,16 @@ def test_both_sides_at_once():
         ({"decoder.layers": [1, 0]}, ValueError, r"\[1, 0\], expected at least one of 0 to 5, ascending"),
         ({"decoder.layers": [1, 1]}, ValueError, r"\[1, 1\]"),
         ({"decoder.layers": []}, ValueError, r"\[\]"),
-        ({"decoder.layers": [-1]}, ValueError, "layer to keep of 'decoder.layers' must be at least 0, got -1"),
+        ({"decoder.layers": [-1]}, ValueError, r"layers to keep of 'decoder.layers' are \[-1\], expected"),
         ({"decoder.layers": [1.5]}, TypeError, "must be an integer"),
         (
             {"decoder": [1]},
             ValueError,
             r"no layers decoder.0, decoder.1, ...; found lists of layers: 'encoder.layers' \(6\)",
         ),
+        ({"decoder.layers": 3}, TypeError, "layers to keep of 'decoder.layers' are 3 of type int, expected a list of"),
+        ({"decoder.layers": [False, True]}, TypeError, "have False, expected integers, not a mask"),
+        ([0, 2], TypeError, r"keep is a list, expected \{prefix: layers to keep\}"),
         ({}, ValueError, "keep is empty"),
         (
             {"encoder.layers": [0], "encoder.layers.0": [0]},
@@ -249,3 +252,11 @@ def test_groups_of_which_nothing_is_left_are_dropped():
     small.load_state_dict(prune_optimizer_state_dict(whole.state_dict(), {"layers": [0, 2]}, names))
     assert [group["lr"] for group in small.param_groups] == [0, 2, 3]
     assert [len(group["params"]) for group in small.param_groups] == [2, 2, 0]
+
+
+def test_what_is_no_optimizer_state_is_named():
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).named_parameters())
+    with pytest.raises(TypeError, match=r"state_dict is a SGD, expected what optimizer.state_dict\(\) returns"):
+        prune_optimizer_state_dict(optimizer, {"layers": [0]})
+    with pytest.raises(ValueError, match="got 1 names, expected 2, one a parameter of the optimizer"):
+        prune_optimizer_state_dict(optimizer.state_dict(), {"layers": [0]}, ["a"])

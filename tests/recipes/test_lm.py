@@ -5,18 +5,20 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from layerdrop_fast import cli
 from layerdrop_fast.prune import every_other, extract
-from layerdrop_fast.recipes import lm, words
+from layerdrop_fast.recipes import evaluation, lm, words
 from layerdrop_fast.recipes.checkpoint import save_checkpoint
 from layerdrop_fast.recipes.evaluation import bits_per_token
 from layerdrop_fast.recipes.files import RecipeError
-from layerdrop_fast.recipes.text import from_file, validation_windows
+from layerdrop_fast.recipes.text import Corpus, from_file, validation_windows
 from layerdrop_fast.recipes.trained_lm import load_lm
+from layerdrop_fast.recipes.training import DENSE, ModelSize, Training
 
 SENTENCE = "the quick brown fox jumps over the lazy dog and a cat looks on .\n"
 
@@ -52,6 +54,7 @@ def few_windows(monkeypatch):
             {"target": "branch", "heads": 0.2, "chunks": 0.1},
         ),
         (["--learned", "--p", "0.5"], {"learned": True}),
+        (["--heads", "0.2"], {"depth": "uniform(p=0.0)", "heads": 0.2}),
         (["--config", "words-16"], {"vocab_size": 16, "cutoffs": None}),
         (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
     ],
@@ -79,6 +82,7 @@ def test_it_trains_and_measures_every_depth(text, capsys, arguments, drops):
     unit = "word" if "words-16" in arguments else "byte"
     assert f"layers  bits/{unit}  perplexity" in printed
     assert f"{metrics['bits_per_token']['16']:.3f}" in printed
+    assert f"cut: 16/16  depth 1: {metrics['bits_per_token']['1']:.3f} bits/token" in printed
 
 
 @pytest.mark.parametrize("arguments", [["--heads", "0.2", "--p", "0.3"], ["--config", "words-16"], ["--learned"]])
@@ -90,11 +94,21 @@ def test_the_model_is_there_for_other_programs(text, arguments):
     model = load_lm(out / "model.safetensors")
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
+    assert len(model.train().stack.plan().layers) == 16
     corpus = words.from_text(text) if "words-16" in arguments else from_file(text)
     scored = validation_windows(corpus.validation, count=4, length=metrics["settings"]["context"] + 1)
     for depth in (16, 5):
         small = extract(model, every_other(16, kept=depth))
         assert bits_per_token(small, scored) == pytest.approx(metrics["bits_per_token"][str(depth)], rel=1e-5)
+
+
+def test_a_model_with_bands_is_read(tmp_path):
+    size = ModelSize(2, 16, 2, 32, context=8, cutoffs=(40, 110), positions="sinusoidal", final_norm=False)
+    training, path = Training(size, DENSE, 1), tmp_path / "model.safetensors"
+    model = training.model().eval()
+    save_checkpoint(path, model.state_dict(), {"settings": training.settings()})
+    tokens = torch.arange(256).view(32, 8)
+    assert torch.equal(load_lm(path)(tokens), model(tokens))
 
 
 def test_of_words_the_vocabulary_is_written(text):
@@ -126,7 +140,7 @@ def test_a_model_that_is_none_is_named(text):
     save_checkpoint(path, {"x": torch.zeros(1)}, {"settings": {"num_layers": 2}})
     with pytest.raises(RecipeError, match=r"other\.safetensors does not tell the d_model, nhead, .* of its model"):
         load_lm(path)
-    with pytest.raises(RecipeError, match="damaged"):
+    with pytest.raises(RecipeError, match="is damaged, or not what train or the demo wrote"):
         load_lm(text)
 
 
@@ -148,6 +162,9 @@ def test_a_stopped_run_goes_on(text, monkeypatch, capsys):
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
     assert train(text, "--steps", "10", "--batch", "2") == 130
     assert "The same command goes on from here" in capsys.readouterr().err
+    steps.clear()
+    assert train(text, "--steps", "10", "--batch", "2", "--restart") == 130
+    assert "The same command without --restart goes on from here" in capsys.readouterr().err
     assert train(text, "--steps", "10", "--batch", "2") == 0
     assert len(steps) == 10
     found, expected = (
@@ -156,11 +173,87 @@ def test_a_stopped_run_goes_on(text, monkeypatch, capsys):
     assert found == expected
 
 
+def test_a_finished_run_is_kept(text):
+    out, arguments = text.parent / "out", ("--steps", "8", "--batch", "2")
+    assert train(text, *arguments) == 0
+    before = json.loads((out / "metrics.json").read_text())
+    (out / "model.training.safetensors").write_bytes(b"of a run that was killed between its last two moves")
+    assert train(text, *arguments) == 0
+    after = json.loads((out / "metrics.json").read_text())
+    assert (after["training"], after["bits_per_token"]) == (before["training"], before["bits_per_token"])
+    assert not (out / "model.training.safetensors").exists()
+
+
+def test_a_cut_that_is_stopped_is_made_again(text, monkeypatch):
+    def interrupt(*arguments, score=evaluation.bits_per_token):
+        scored.append(1)
+        if len(scored) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return score(*arguments)
+
+    scored = []
+    monkeypatch.setattr(evaluation, "bits_per_token", interrupt)
+    assert train(text, "--steps", "2", "--batch", "1") == 130
+    assert len(scored) == 3
+    assert {path.name for path in (text.parent / "out").iterdir()} == {"model.safetensors"}
+    assert train(text, "--steps", "2", "--batch", "1") == 0
+
+
 def test_other_settings_are_refused_and_restart_forgets(text, capsys):
     assert train(text, "--steps", "2", "--batch", "1") == 0
     assert train(text, "--steps", "3", "--batch", "1") == 2
     assert "was made with steps = 2, this call has steps = 3" in capsys.readouterr().err
     assert train(text, "--steps", "3", "--batch", "1", "--restart") == 0
+    assert train(text, "--steps", "3", "--batch", "1", "--config", "words-16", "--p", "0.3") == 2
+    named = capsys.readouterr().err
+    assert "context = 64, " in named
+    assert "depth = uniform(p=0.3)" in named
+    assert train(text, "--steps", "3", "--batch", "1", "--config", "words-16", "--restart") == 0
+    assert (text.parent / "out" / "vocabulary.json").exists()
+    assert train(text, "--steps", "3", "--batch", "1", "--restart") == 0
+    assert not (text.parent / "out" / "vocabulary.json").exists()
+
+
+def test_restart_forgets_an_unfinished_run(text, capsys):
+    (text.parent / "out").mkdir()
+    (text.parent / "out" / "model.training.safetensors").write_bytes(b"of other settings")
+    assert train(text, "--steps", "2", "--batch", "1") == 2
+    assert "model.training.safetensors is damaged" in capsys.readouterr().err
+    assert train(text, "--steps", "2", "--batch", "1", "--restart") == 0
+
+
+def test_another_number_of_threads_is_refused(text, capsys):
+    assert train(text, "--steps", "2", "--batch", "1") == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert train(text, "--steps", "2", "--batch", "1") == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert f"made with threads = {threads}, this call has threads = {threads + 1}" in capsys.readouterr().err
+
+
+def test_it_says_how_many_tokens_a_step_has(text, capsys):
+    assert train(text, "--steps", "2", "--batch", "2", "--accumulation", "3") == 0
+    assert f"2 steps of {2 * 3 * 64} tokens" in capsys.readouterr().out
+
+
+def test_plots_are_of_depths_and_of_training(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(lm, "plot_curves", lambda curves, draw=lm.plot_curves: drawn.append(curves) or draw(curves))
+    training = {"training_curve": [(5, 7.5, 12.0), (10, 6.5, 11.0)]}
+    bits = {"2": 6.0, "1": 8.0}
+    metrics = {"configuration": "x", "text": {"unit": "byte"}, "training": training, "bits_per_token": bits}
+    assert set(lm.plots(metrics)) == {"depth.png", "training.png"}
+    assert [list(curves.values()) for curves in drawn] == [[{2: 6.0, 1: 8.0}], [{5: 7.5, 10: 6.5}]]
+
+
+@pytest.mark.parametrize(("train_bytes", "validation_bytes", "short"), [(64, 65, "training"), (65, 64, "validation")])
+def test_both_parts_have_a_window(train_bytes, validation_bytes, short):
+    train, validation = (np.zeros(length, np.uint8) for length in (train_bytes, validation_bytes))
+    with pytest.raises(RecipeError, match=f"the {short} part has 64 bytes, expected more than the 64 of a window"):
+        lm.training_of(lm.Options(), Corpus("x", train, validation))
+    lm.training_of(lm.Options(), Corpus("x", np.zeros(65, np.uint8), np.zeros(65, np.uint8)))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +261,7 @@ def test_other_settings_are_refused_and_restart_forgets(text, capsys):
     [
         (["--heads", "0.2", "--granularity", "sample"], "granularity 'sample', expected \"batch\""),
         (["--config", "wikitext-103-16"], "the training part has .* words, expected more than the 3,072 of a window"),
-        (["--learned", "--p", "0.97"], r"target_rate is 0.97, expected a number in \(0, 0.95\)"),
+        (["--learned", "--p", "0.97"], r"the mean drop rate \(--p\) is 0.97, expected a number in \(0, 0.95\)"),
         (["--p", "1", "--equal-work"], r"uniform\(p=1.0\) runs no layer, expected some to run"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
     ],
@@ -180,6 +273,19 @@ def test_choices_that_do_not_fit_are_named(text, capsys, arguments, message):
     assert train(text, *arguments, "--restart") == 2
     assert (text.parent / "out" / "model.safetensors").read_bytes() == b"kept"
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_dataset_takes_no_text(text):
+    with pytest.raises(RecipeError, match="--dataset is read word by word: give no --text"):
+        lm.corpus_of(lm.Options(configuration="words-16", text=text, dataset="wikitext-2"))
+
+
+def test_a_refused_call_leaves_no_folder(text, capsys):
+    (text.parent / "folder").mkdir()
+    assert train(text.parent / "folder", out="out") == 2
+    assert "folder is a folder, expected a file, or --config words-16" in capsys.readouterr().err
+    assert train(text.parent / "nowhere") == 2
+    assert {path.name for path in text.parent.iterdir()} == {"folder", "text.txt"}
 
 
 def test_words_need_a_text(tmp_path, capsys):

@@ -26,6 +26,7 @@ def call(source, *arguments, out="out.safetensors"):
     ("arguments", "kept"),
     [
         (["--kept", "3"], [0, 2, 4]),
+        (["--kept", "6"], [0, 1, 2, 3, 4, 5]),
         (["--kept", "2", "--strategy", "first"], [0, 1]),
         (["--kept", "2", "--strategy", "last"], [4, 5]),
         (["--keep", "1,2,5"], [1, 2, 5]),
@@ -39,6 +40,12 @@ def test_the_named_list_is_cut_and_the_other_stays_whole(source, capsys, argumen
     printed = capsys.readouterr().out
     assert f"decoder.layers: 6 -> {len(kept)} layers, those that were {', '.join(map(str, kept))}" in printed
     assert str(source.parent / "out.safetensors") in printed
+
+
+def test_the_size_of_the_weights_before_and_behind_is_told(source, capsys, monkeypatch):
+    monkeypatch.setattr("layerdrop_fast.recipes.prune.MIB", 4)  # a float
+    assert call(source, "--layers", "decoder.layers", "--kept", "3") == 0
+    assert "76.0 -> 58.0 MiB of weights" in capsys.readouterr().out
 
 
 def test_both_lists(source):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,10 +75,23 @@ def test_a_run_stopped_thrice_ends_with_the_same_bits(tmp_path, recipe):
         short(Recipe(uniform(0.2), target="branch", granularity="sample", scale="inverse", fade=True)),
         short(optimizer="nag", learning_rate=0.1, momentum=0.99, accumulation=3, clip=0.1),
         short(size=dataclasses.replace(SIZE, dropout=0.2, attention_dropout=0.2, activation_dropout=0.2)),
+        short(size=dataclasses.replace(SIZE, dropout=0.2)),
+        short(size=dataclasses.replace(SIZE, attention_dropout=0.2)),
         short(size=dataclasses.replace(SIZE, cutoffs=(40, 110), positions="sinusoidal", final_norm=False)),
         short(dtype="bfloat16"),
     ],
-    ids=["learned", "learned by sample", "parts", "branches", "nag", "dropout", "adaptive", "bfloat16"],
+    ids=[
+        "learned",
+        "learned by sample",
+        "parts",
+        "branches",
+        "nag",
+        "dropouts",
+        "dropout",
+        "of weights",
+        "adaptive",
+        "bfloat16",
+    ],
 )
 def test_every_kind_of_training_goes_on_with_the_same_bits(tmp_path, training):
     unbroken = train(training, TEXT)
@@ -106,6 +120,38 @@ def test_the_optimizer_is_the_one_that_is_named():
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.5, 0.99, True, 0)
     assert len(group["params"]) == len(list(training.model().parameters()))
+
+
+def test_adamw_decays_matrices_alone():
+    training = short(weight_decay=0.3, momentum=0.8)
+    optimizer = module._optimizer(training.model(), None, training)
+    assert type(optimizer) is torch.optim.AdamW
+    found = [
+        (group["weight_decay"], group["betas"], {w.dim() > 1 for w in group["params"]})
+        for group in optimizer.param_groups
+    ]
+    assert found == [(0.3, (0.8, 0.99), {True}), (0.0, (0.8, 0.99), {False})]
+
+
+def test_gradients_are_clipped_at_the_bound():
+    training = short(DENSE, 1, optimizer="nag", momentum=0.5, clip=0.01, warmup=4.0)
+    before, after = training.model(), train(training, TEXT).model
+    moved = [(a - b).detach().flatten() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
+    # Nesterov's first step is 1 + momentum times the gradient.
+    assert torch.cat(moved).norm().item() == pytest.approx(training.learning_rate / 4 * 1.5 * 0.01, rel=1e-3)
+
+
+def test_microbatches_of_a_step_are_one_step_of_the_schedule():
+    trained = train(short(Recipe(uniform(0.5), fade=True), accumulation=3), TEXT)
+    assert trained.model.stack.counters.step == 12
+    assert trained.curve[-1][2] == 4, "nothing is dropped any more, and was in the steps before"
+    assert trained.layers_run < 48
+
+
+def test_bfloat16_is_used_and_near():
+    one, other = ([bits for _, bits, _ in train(short(dtype=dtype), TEXT).curve] for dtype in ("float32", "bfloat16"))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.02)
 
 
 def test_a_recipe_names_what_it_drops():
@@ -166,6 +212,22 @@ def test_the_seed_decides(tmp_path):
     assert first.curve != other.curve
 
 
+def test_the_seed_decides_weights_drops_and_windows(monkeypatch):
+    first, other = (short(seed=seed).model() for seed in (0, 1))
+    assert not torch.equal(first.stack.layers[0].linear1.weight, other.stack.layers[0].linear1.weight)
+    assert [first.stack.plan(n).layers for n in range(20)] != [other.stack.plan(n).layers for n in range(20)]
+    asked, windows = [], module.batch_of_step
+    monkeypatch.setattr(module, "batch_of_step", lambda text, **given: asked.append(given) or windows(text, **given))
+    train(short(steps=3, seed=5), TEXT)
+    assert [(given["seed"], given["step"]) for given in asked] == [(5, 0), (5, 1), (5, 2)]
+
+
+def test_every_step_has_its_own_masks():
+    size, text = dataclasses.replace(SIZE, attention_dropout=0.5), np.zeros(100, np.uint8)  # all windows are alike
+    curve = train(short(DENSE, 3, size=size, learning_rate=0.0), text).curve
+    assert len({bits for _, bits, _ in curve}) == 3
+
+
 def test_the_model_learns_and_loses_less_by_a_cut_when_layers_were_dropped():
     scored = validation_windows(TEXT, count=32, length=17)
     before = bits_per_token(short().model(), scored)
@@ -176,6 +238,7 @@ def test_the_model_learns_and_loses_less_by_a_cut_when_layers_were_dropped():
     assert list(after) == [4, 3, 2, 1]
     assert len(trained.model.stack.layers) == 4
     assert trained.curve[0][1] > 2 * trained.curve[-1][1]
+    assert (len(trained.curve), trained.curve[0][0], trained.curve[-1][0]) == (100, 2, 150)
 
 
 def test_equal_work_means_as_many_layers_run():
@@ -197,10 +260,27 @@ def test_layers_run_are_those_of_the_plans():
 
 def test_progress_is_told_after_each_step():
     told = []
-    train(short(steps=5), TEXT, on_step=told.append)
+    curve = train(short(steps=5), TEXT, on_step=told.append).curve
+    assert [progress.bits for progress in told] == pytest.approx([np.mean(curve[:n], 0)[1] for n in range(1, 6)])
     assert [progress.step for progress in told] == [1, 2, 3, 4, 5]
     assert all(progress.num_layers == 4 and 0 <= progress.kept <= 4 for progress in told)
     assert all(progress.bits > 0 and progress.tokens_per_second > 0 for progress in told)
+
+
+def test_pauses_are_left_out_of_time_and_speed(tmp_path, monkeypatch):
+    clock, windows, told, path = [0.0], module.batch_of_step, [], tmp_path / "x.safetensors"
+
+    def a_second_long(*arguments, **keywords):
+        clock[0] += 1.0
+        return windows(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "batch_of_step", a_second_long)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with pytest.raises(Stopped):
+        train(short(), TEXT, checkpoint=path, should_stop=StopAfter(4))
+    clock[0] += 100.0
+    assert train(short(), TEXT, checkpoint=path, on_step=told.append).seconds == 12
+    assert [progress.tokens_per_second for progress in told] == [4 * 16] * 8
 
 
 def test_the_learning_rate_rises_then_falls():
@@ -235,6 +315,12 @@ def test_scoring_is_mean_bits_of_the_predicted_bytes():
     picked = chances.gather(2, tokens[:, 1:, None])
     assert bits_per_token(model, scored) == pytest.approx(-picked.log2().mean().item(), rel=1e-6)
     assert len(scored) == 70  # more than one portion
+
+
+def test_scoring_drops_no_layer():
+    scored = validation_windows(TEXT, count=4, length=17)
+    model = short(Recipe(uniform(0.9))).model().train()
+    assert bits_per_token(model, scored) == bits_per_token(model.eval(), scored)
 
 
 def test_a_cut_can_be_stopped_between_depths():

@@ -33,6 +33,17 @@ def test_rare_words_are_unknown():
     assert corpus.validation.tolist() == [numbers[w] for w in ["the", "<unk>", "saw", "the", "<unk>", "<eos>"]]
 
 
+def test_a_text_that_has_unknown_words_of_its_own():
+    corpus = words.corpus("text", ["a <unk> a b", "<unk> a <unk>"], VALIDATION, min_count=1)
+    assert corpus.words == ["<unk>", "a", "<eos>", "b"]
+
+
+def test_words_seen_fewer_than_three_times_are_unknown(tmp_path):
+    path = tmp_path / "novel.txt"
+    path.write_text("often often seldom\noften seldom\n\n" + "\n" * 7 + "x\n" * 20)
+    assert words.from_text(path).words == ["<eos>", "x", "often", "<unk>"]
+
+
 def test_of_a_file_the_last_tenth_of_lines_is_for_validation(tmp_path):
     path = tmp_path / "novel.txt"
     path.write_text("\n".join(f"line {n} ends here" for n in range(20)))
@@ -67,9 +78,10 @@ def test_without_datasets_it_says_what_to_install(monkeypatch):
         words.wikitext("wikitext-2")
 
 
-def test_an_error_of_datasets_is_told(monkeypatch):
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])
+def test_an_error_of_datasets_is_told(monkeypatch, error):
     def fails(*_):
-        raise ConnectionError("no network")
+        raise error("no network")
 
     module = types.ModuleType("datasets")
     module.load_dataset = fails
@@ -86,5 +98,16 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(RecipeError, match="is no UTF-8 text"):
         words.from_text(path)
     path.write_text("one")
-    with pytest.raises(RecipeError, match="the training part has 0 words, expected a longer text"):
+    with pytest.raises(RecipeError, match="has 1 line, expected more: the last tenth of the lines is for validation"):
+        words.from_text(path)
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    lines = "a b\u2028c d\nthe\x85q\r\n" * 20
+    path = tmp_path / "text"
+    path.write_bytes(lines.encode())
+    found = words.from_text(path)
+    assert sum(found.train == found.words.index("<eos>")) == 36
+    path.write_text("one line alone " * 1000)
+    with pytest.raises(RecipeError, match="has 1 line, expected more"):
         words.from_text(path)

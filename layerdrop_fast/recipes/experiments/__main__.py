@@ -17,6 +17,8 @@ from layerdrop_fast.recipes.files import RecipeError, write_atomically
 from layerdrop_fast.recipes.pool import read_results, run_missing
 from layerdrop_fast.recipes.text import from_file, standard_library
 
+SEEDS = [0, 1, 2]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -27,23 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, JSON")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text (default: Python's standard library)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(%(default)s)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="networks at a time, one thread each (%(default)s)")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only report what is there: plots go here")
     options = parser.parse_args(arguments)
     try:
-        return _run(options, sys.argv[1:] if arguments is None else list(arguments))
+        return _run(options)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(options: argparse.Namespace, given: list[str]) -> int:
+def _run(options: argparse.Namespace) -> int:
     if options.report is None:
-        # Files by their names: paths say nothing to others.
-        files = {str(path): path.name for path in (options.text, options.out) if path is not None}
-        named = [files.get(word, word) for word in given]
         text = (standard_library() if options.text is None else from_file(options.text)).sha256
         run_missing(
             options.out,
@@ -55,7 +54,7 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
             run,
             lambda result: (result["network"], result["seed"], result["text"]["sha256"], result["steps"]),
             jobs=options.jobs,
-            command=["python", "-m", "layerdrop_fast.recipes.experiments", *named],
+            command=["python", "-m", "layerdrop_fast.recipes.experiments", *_named(options)],
             tell=lambda result: print(f"{result['network']}, seed {result['seed']}: {result['curve']}", flush=True),
         )
     results = comparable(read_results(options.out))
@@ -65,6 +64,15 @@ def _run(options: argparse.Namespace, given: list[str]) -> int:
             write_atomically(options.report / name, content)
     print(tables(results))
     return 0
+
+
+def _named(options: argparse.Namespace) -> list[str]:
+    """The same call, with files by their names: paths say nothing to others."""
+    text = [] if options.text is None else ["--text", options.text.name]
+    steps = [] if options.steps == STEPS else ["--steps", str(options.steps)]
+    seeds = [] if options.seeds == SEEDS else ["--seeds", *map(str, options.seeds)]
+    networks = [] if options.networks == list(NETWORKS) else ["--networks", *map(repr, options.networks)]
+    return ["--out", options.out.name, *text, *steps, *seeds, *networks]
 
 
 if __name__ == "__main__":

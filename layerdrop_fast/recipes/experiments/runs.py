@@ -15,7 +15,7 @@ from layerdrop_fast.schedule import linear, uniform
 
 SIZE = ModelSize(nhead=4)  # 16 layers, d 64, byte by byte: the demo's, with heads enough to drop some
 STEPS = 1200
-WINDOWS = 512  # validation windows; the first half chooses layers where that is needed, the second judges
+WINDOWS = 512  # validation windows; every second one chooses layers where that is needed, the others judge
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,12 @@ def comparable(results: Results) -> Results:
     Raises:
         RecipeError: there are none, or they are of several texts or numbers of steps.
     """
-    kinds = sorted({f"{result['text']['name']}, {result['steps']:,} steps" for result in results})
-    if len(kinds) != 1:
+    try:
+        texts = {(result["text"]["name"], result["text"]["sha256"], result["steps"]) for result in results}
+    except (KeyError, TypeError) as error:
+        raise RecipeError(f"got a result without {error}, expected those of experiments") from error
+    if len(texts) != 1:
+        kinds = sorted(f"{name} ({sha256[:8]}), {steps:,} steps" for name, sha256, steps in texts)
         raise RecipeError(f"got results of {kinds}, expected those of one text and number of steps")
     return results
 
