@@ -60,7 +60,7 @@ file of torch.save (.pt, .pth, .bin, .ckpt), of which EMA weights and the optimi
 is executed, and it is not changed.
 
     layerdrop-fast prune model.safetensors --kept 8 --out model-8.safetensors
-    layerdrop-fast prune bart/ --layers decoder.layers --keep 0,2,4 --out bart-12-3/
+    layerdrop-fast prune bart/ --layers model.decoder.layers --keep 0,2,4 --out bart-12-3/
 """
 TRAIN = """\
 Trains a language model with LayerDrop, then cuts it to every depth without retraining and shows what it is worth there.

@@ -124,15 +124,29 @@ def test_of_words_the_vocabulary_is_written(text):
 
 def test_the_page_on_training_uses_what_is_left(text, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs/training.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    of_words, of_bytes, of_cut_files, own_loop = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
     text.write_text(("It was a very " + SENTENCE) * 400)
-    assert train(text, "--steps", "4", "--batch", "2", "--config", "words-16", out="out/lm") == 0
     monkeypatch.chdir(text.parent)
+    assert train(text, "--steps", "4", "--batch", "2", "--config", "words-16", out="out/lm") == 0
     capsys.readouterr()
-    exec(compile(example, "docs/training.md", "exec"), {})
+    exec(compile(of_words, "docs/training.md", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2
     assert all(line.startswith("It was a very ") and len(line.split()) == 24 for line in printed)
+
+    (command,) = re.findall(r"`layerdrop-fast (prune out/lm/.*)` cuts the file", page)
+    assert cli.main(command.split()) == 0
+    before = names["small"].state_dict()
+    exec(compile(of_cut_files, "docs/training.md", "exec"), names)
+    assert all(torch.equal(value, before[name]) for name, value in names["small"].state_dict().items())
+
+    assert train(text, "--steps", "4", "--batch", "2", "--restart", out="out/lm") == 0
+    capsys.readouterr()
+    exec(compile(of_bytes, "docs/training.md", "exec"), names | {"model": load_lm("out/lm/model.safetensors")})
+    assert capsys.readouterr().out.startswith("def ")
+    exec(compile(own_loop, "docs/training.md", "exec"), names)
+    assert any(weight.grad is not None for weight in names["model"].stack.parameters())
 
 
 def test_a_model_that_is_none_is_named(text):
