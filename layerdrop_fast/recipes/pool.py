@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def run_missing(
     command: Sequence[str],
     tell: Callable[[Result], None],
 ) -> list[Result]:
-    """``run(*arguments)`` for what the file does not hold yet, in processes of their own; returns all results.
+    """``run(*arguments)`` for what the file does not hold yet, each in its own process; returns all results.
 
     Args:
         out: the file; made where there is none.
@@ -56,19 +56,28 @@ def run_missing(
     results = read_results(out) if out.exists() else []
     there = {key(result) for result in results}
     failed: list[BaseException] = []
-    # Fresh processes: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run, *arguments) for name, arguments in wanted.items() if name not in there]
-        for future in as_completed(futures):
-            if error := future.exception():
-                failed.append(error)
-                continue
-            here = {**provenance(command), "threads": "1"}
-            results.append({**future.result(), "commit": here["commit"]})
-            content = {"provenance": here, "results": results}
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())
-            tell(results[-1])
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_alone, run, arguments) for name, arguments in wanted.items() if name not in there]
+        try:
+            for future in as_completed(futures):
+                if error := future.exception():
+                    failed.append(error)
+                    continue
+                here = {**provenance(command), "threads": "1"}
+                results.append({**future.result(), "commit": here["commit"]})
+                content = {"provenance": here, "results": results}
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())
+                tell(results[-1])
+        finally:  # after Ctrl-C what has not begun does not begin
+            pool.shutdown(cancel_futures=True)
     if failed:
         raise failed[0]
     return results
+
+
+def _alone(run: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+    """In a process of its own, whose memory ends with it: malloc keeps what many runs in a row have freed."""
+    # A fresh one: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(run, *arguments).result()

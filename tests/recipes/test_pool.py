@@ -1,6 +1,9 @@
 """Runs beside each other."""
 
 import json
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -12,6 +15,44 @@ def halved(number):
     if number % 2:
         raise ValueError(f"{number} is odd")
     return {"number": number, "half": number // 2}
+
+
+def noted(folder, number):
+    (folder / f"{number}").touch()
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"number": number, "process": os.getpid()}
+
+
+def run_noted(folder, *numbers, tell):
+    (folder / "runs").mkdir()
+    return run_missing(
+        folder / "results.json",
+        {number: (folder / "runs", number) for number in numbers},
+        noted,
+        lambda result: result["number"],
+        jobs=1,
+        command=["x"],
+        tell=tell,
+    )
+
+
+def test_each_run_has_its_own_process_and_one_that_is_killed_takes_no_other_with_it(tmp_path):
+    told = []
+    with pytest.raises(BrokenProcessPool):
+        run_noted(tmp_path, 2, 3, 4, tell=told.append)
+    assert [result["number"] for result in told] == [2, 4]
+    assert len({result["process"] for result in told} - {os.getpid()}) == 2
+
+
+def test_what_has_not_begun_when_it_is_stopped_does_not_begin(tmp_path):
+    def stop(result):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_noted(tmp_path, *range(10, 20), tell=stop)
+    assert len(list((tmp_path / "runs").iterdir())) <= 2
+    assert [result["number"] for result in read_results(tmp_path / "results.json")] == [10]
 
 
 def test_what_fails_takes_nothing_with_it(tmp_path):
