@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerdrop_fast.prune import every_other, extract
+from layerdrop_fast.prune import every_other, extract, prune_ffn_chunks, prune_heads
 from layerdrop_fast.recipes.evaluation import bits_per_token
 from layerdrop_fast.recipes.experiments import __main__ as command
 from layerdrop_fast.recipes.experiments import measures, runs, summary
@@ -60,6 +60,29 @@ def test_every_network_is_trained_and_measured(name, text, few):
 def test_layers_are_measured_of_one_seed(text, few):
     found = runs.measured(NETWORKS["dense"], trained(), from_file(text), SMALL, seed=1)
     assert not {"importance", "halves"} & set(found)
+
+
+def test_what_chooses_layers_does_not_judge_them(text, few, monkeypatch):
+    seen, corpus = {}, from_file(text)
+    for name in ("strategies", "halves", "importance"):
+        monkeypatch.setattr(measures, name, lambda *given, name=name: seen.update({name: given}))
+    runs.measured(NETWORKS["dense"], trained(), corpus, SMALL, seed=0)
+    scored = validation_windows(corpus.validation, count=8, length=17)
+    for windows in (seen["strategies"][2:], seen["halves"][1:], seen["importance"][1:]):
+        assert all(map(np.array_equal, windows, (scored[::2], scored[1::2])))
+
+
+def test_the_seed_is_trained_with():
+    assert runs.training_of("dense", 7, 12).seed == 7
+
+
+def test_importance_is_of_what_was_scored(few):
+    model = trained().model
+    found = measures.importance(model, WINDOWS)
+    halves = {keep: bits_per_token(extract(model, keep), WINDOWS[:2]) for keep in combinations(range(4), 2)}
+    assert found["kept"] == 2
+    for layer, values in enumerate(found["values"]):
+        assert sorted(values) == pytest.approx(sorted(bits for keep, bits in halves.items() if layer not in keep))
 
 
 def test_strategies_choose_half_and_are_judged_on_other_windows(few):
@@ -116,6 +139,10 @@ def test_half_of_every_kind_of_part_is_taken_out():
     found = measures.parts(model, WINDOWS)
     assert found["nothing"] == pytest.approx(bits_per_token(model, WINDOWS))
     assert found["layers"] == pytest.approx(bits_per_token(extract(model, every_other(4, kept=2)), WINDOWS))
+    heads = prune_heads(model, [0, 2])
+    cut = {"heads": heads, "chunks": prune_ffn_chunks(model, [0, 2, 4, 6]), "layers and heads": extract(heads, [0, 2])}
+    cut["branches and heads"] = measures.without_every_other_branch(heads)
+    assert {name: found[name] for name in cut} == pytest.approx({n: bits_per_token(m, WINDOWS) for n, m in cut.items()})
     assert len(set(found.values())) == 7
 
 
@@ -160,7 +187,7 @@ def test_tables_have_means_and_deviations():
 
 
 def test_plots_are_of_what_there_is():
-    importance = {"kept": 1, "values": [[2.0, 2.5], [3.0]]}
+    importance = {"kept": 1, "values": [[3.0], [2.0, 2.5]]}
     results = [result("dense", 0, 3.0, importance=importance), result("2026 recipe, equal work", 0, 2.5)]
     found = summary.plots(results)
     assert set(found) == {"depth.png", "recipe.png", "importance.png"}
@@ -168,13 +195,23 @@ def test_plots_are_of_what_there_is():
     assert set(summary.plots(results[1:])) == {"recipe.png"}
 
 
+def test_plots_show_what_is_not_much_worse_than_bigrams(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        summary, "plot_curves", lambda curves, draw=summary.plot_curves: drawn.append(draw(curves)) or drawn[-1]
+    )
+    summary.plots([result("dense", 0, 30.0), result("layers 0.2", 0, 3.0)])
+    assert drawn[0].get_ylim()[1] == pytest.approx(1.5 * 3.5)
+
+
 def test_the_command_does_what_is_missing_and_reports(text, tmp_path, capsys, monkeypatch):
     out = tmp_path / "results.json"
-    arguments = ["--out", str(out), "--text", str(text), "--steps", "2", "--jobs", "1", "--seeds", "0"]
+    arguments = [f"--out={out}", "--text", str(text), "--steps", "2", "--jobs", "1", "--seeds", "0"]
     assert command.main([*arguments, "--networks", "heads 0.2"]) == 0
     content = json.loads(out.read_text())
     assert [run["network"] for run in content["results"]] == ["heads 0.2"]
-    assert str(tmp_path) not in content["provenance"]["command"]
+    told = content["provenance"]["command"].partition("experiments ")[2]
+    assert told == "--out results.json --text text --steps 2 --seeds 0 --networks 'heads 0.2'"
     first = capsys.readouterr().out
     assert "| heads 0.2 | 1 | 2 |" in first
     assert command.main([*arguments, "--networks", "heads 0.2"]) == 0
@@ -184,13 +221,22 @@ def test_the_command_does_what_is_missing_and_reports(text, tmp_path, capsys, mo
     content["results"].append({**content["results"][0], "text": {"name": "another", "sha256": "0"}})
     out.write_text(json.dumps(content))
     assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
-    assert "got results of ['another, 2 steps', 'text, 2 steps'], expected" in capsys.readouterr().err
+    assert "got results of ['another (0), 2 steps', 'text (" in capsys.readouterr().err
+    content["results"][1]["text"] = {"name": "text", "sha256": "another"}
+    out.write_text(json.dumps(content))
+    assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
+    assert "expected those of one text and number of steps" in capsys.readouterr().err
+    for nothing, named in ((5, "expected a list of objects"), ([1], "expected a list"), ([{}], "without 'text'")):
+        out.write_text(json.dumps({"results": nothing}))
+        assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
+        assert named in capsys.readouterr().err
     out.write_text("[]")
     assert command.main([*arguments, "--report", str(tmp_path / "plots")]) == 2
     assert "results.json is no file of results" in capsys.readouterr().err
 
 
-def test_the_page_shows_what_was_measured():
-    results = read_results(ROOT / "benchmarks/results/cpu-2core/experiments-austen.json")
+@pytest.mark.parametrize("text", ["austen", "stdlib"])
+def test_the_page_shows_what_was_measured(text):
+    results = read_results(ROOT / f"benchmarks/results/cpu-2core/experiments-{text}.json")
     page = (ROOT / "docs/experiments.md").read_text()
-    assert f"<!-- tables -->\n{summary.tables(results)}\n<!-- /tables -->" in page
+    assert f"<!-- {text} -->\n{summary.tables(results)}\n<!-- /{text} -->" in page
