@@ -115,11 +115,14 @@ def predicted_bytes(
         Bytes; ``saved_bytes`` of the same forward is within 3 % of it.
 
     Raises:
-        ValueError: a shape that is not (B, S, D), or a plan for another number of layers or samples.
+        ValueError: a shape that is not (B, S, D), or a plan for another number of layers or samples. TypeError: no
+            TransformerStack.
     """
-    units = len(stack.layers) * stack.units_per_layer
-    if len(shape) != 3:
-        raise ValueError(f"shape: got {list(shape)}, expected (B, S, D)")
+    if not isinstance(stack, TransformerStack):
+        raise TypeError(f"stack is a {type(stack).__name__}, expected a TransformerStack")
+    units, d_model = len(stack.layers) * stack.units_per_layer, stack.layers[0].d_model
+    if len(shape) != 3 or min(shape) < 0 or shape[2] != d_model:
+        raise ValueError(f"shape: got {list(shape)}, expected (B, S, D) with D = {d_model}")
     batch, length, width = shape
     counts = [batch] * units
     if plan is not None:

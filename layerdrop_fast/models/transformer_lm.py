@@ -250,6 +250,9 @@ class TransformerLM(nn.Module):
 
     def _check_prompt(self, tokens: Tensor, max_new_tokens: int, eos: int | None) -> int:
         """How many tokens a sample has in the end."""
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens are of type {kind}, expected a tensor of int64 [B, S]")
         if tokens.dim() != 2 or not tokens.shape[1]:
             raise ValueError(f"tokens have shape {list(tokens.shape)}, expected [B, S] with S >= 1")
         total = tokens.shape[1] + check_count(max_new_tokens, "max_new_tokens", 0)

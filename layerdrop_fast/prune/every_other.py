@@ -27,7 +27,7 @@ def every_other(num_layers: int, *, kept: int | None = None, p: float | None = N
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3.
     """
-    check_count(num_layers, "num_layers", 1)
+    num_layers = check_count(num_layers, "num_layers", 1)
     if (kept is None) == (p is None):
         raise ValueError(f"got kept={kept} and p={p}, expected exactly one of them")
     if p is not None:
@@ -38,6 +38,7 @@ def every_other(num_layers: int, *, kept: int | None = None, p: float | None = N
             return [layer for layer in range(num_layers) if (layer + 1) % period != 0]
         kept = round((1 - p) * num_layers)
     assert kept is not None  # one of the two was given
-    if not 0 <= check_count(kept, "kept", 0) <= num_layers:
+    kept = check_count(kept, "kept", 0)
+    if kept > num_layers:
         raise ValueError(f"kept is {kept}, expected 0 to {num_layers}")
     return [i * num_layers // kept for i in range(kept)]

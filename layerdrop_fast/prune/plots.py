@@ -60,6 +60,8 @@ def plot_importance(importances: Mapping[str, Importance], axes: Axes | None = N
     """
     from matplotlib.ticker import MaxNLocator
 
+    if not isinstance(importances, Mapping):
+        raise TypeError(f"importances is an {type(importances).__name__}, expected {{name: Importance}}")
     axes = _new_axes() if axes is None else axes
     for name, found in importances.items():
         axes.errorbar(

@@ -91,6 +91,7 @@ def _write_shard(source: Path, out: Path, keep: Mapping[str, Sequence[int]]) -> 
         save_file(tensors, out, metadata or None)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(out)) from error
+    shutil.copymode(source, out)  # safetensors' own is for the user alone
     return list(names.values())
 
 

@@ -186,3 +186,9 @@ def test_tokens_come_as_often_as_they_should(options, chances):
 def test_of_equal_logits_exactly_k_stay():
     drawn = Sampler(top_k=2)(torch.zeros(1, 6).expand(500, -1))
     assert len(drawn.unique()) == 2
+
+
+@pytest.mark.parametrize(("prompt", "kind"), [([[1, 2]], "list"), (torch.ones(1, 2), "torch.float32")])
+def test_a_prompt_of_another_kind_is_named(prompt, kind):
+    with pytest.raises(TypeError, match=rf"tokens are of type {kind}, expected a tensor of int64 \[B, S\]"):
+        lm().generate(prompt, 3)

@@ -167,6 +167,10 @@ def test_errors_name_both_sides():
     model = stack(granularity="sample")
     with pytest.raises(ValueError, match=r"shape: got \[8, 64\], expected \(B, S, D\)"):
         predicted_bytes(model, None, (8, 64))
+    with pytest.raises(ValueError, match=r"shape: got \[8, 32, 65\], expected \(B, S, D\) with D = 64"):
+        predicted_bytes(model, None, (8, 32, 65))
+    with pytest.raises(TypeError, match="stack is a Sequential, expected a TransformerStack"):
+        predicted_bytes(torch.nn.Sequential(model), None, X.shape)
     with pytest.raises(ValueError, match="expected one of 6 units and 5 samples"):
         predicted_bytes(model, model.plan(batch_size=8), (5, 32, 64))
 

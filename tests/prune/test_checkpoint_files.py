@@ -344,6 +344,14 @@ def test_what_to_keep_may_be_said_at_once(tmp_path):
     assert_same(load_file(tmp_path / "o.safetensors"), expected(model))
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o640])
+def test_who_may_read_the_source_may_read_what_is_cut(tmp_path, mode):
+    save_file(model_of().state_dict(), tmp_path / "in.safetensors")
+    (tmp_path / "in.safetensors").chmod(mode)
+    prune_checkpoint(tmp_path / "in.safetensors", tmp_path / "out.safetensors", choose)
+    assert (tmp_path / "out.safetensors").stat().st_mode & 0o777 == mode
+
+
 def test_every_other_of_what_is_there(tmp_path):
     model = model_of(6)
     save_file(model.state_dict(), tmp_path / "in.safetensors")

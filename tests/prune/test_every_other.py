@@ -1,8 +1,13 @@
 """The Every Other strategy, against the paper's numbers."""
 
+import numpy as np
 import pytest
 
 from layerdrop_fast.prune import every_other
+
+
+def test_layers_are_plain_integers():
+    assert [type(layer) for layer in every_other(np.int64(4), kept=np.int64(2))] == [int, int]
 
 
 def test_sixteen_to_eight_is_the_papers_list():

@@ -62,3 +62,5 @@ def test_ticks_are_whole_layers_and_axes_may_be_given(tmp_path):
 def test_a_curve_without_a_name_is_refused():
     with pytest.raises(TypeError, match=r"curves\[2\] is a float, expected \{name: \{depth: value\}\}"):
         plot_curves({2: 1.0, 1: 2.0})
+    with pytest.raises(TypeError, match=r"importances is an Importance, expected \{name: Importance\}"):
+        plot_importance(Importance(1, np.array([[1.0, 2.0]])))
