@@ -34,7 +34,7 @@ def check_count(value: int, name: str, minimum: int) -> int:
 
 
 def check_indices(value: Iterable[int], name: str, count: int) -> list[int]:
-    """At least one of 0 to ``count - 1``, ascending, as a list."""
+    """At least one of 0 to ``count - 1``, ascending, each once, as a list."""
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
         raise TypeError(f"{name} are {value!r} of type {type(value).__name__}, expected a list of integers")
     indices = list(value)
@@ -42,7 +42,7 @@ def check_indices(value: Iterable[int], name: str, count: int) -> list[int]:
         raise TypeError(f"{name} have {masks[0]}, expected integers, not a mask")
     indices = [check_integer(index, name) for index in indices]
     if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= count:
-        raise ValueError(f"{name} are {indices}, expected at least one of 0 to {count - 1}, ascending")
+        raise ValueError(f"{name} are {indices}, expected at least one of 0 to {count - 1}, ascending, each once")
     return indices
 
 

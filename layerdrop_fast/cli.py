@@ -265,7 +265,7 @@ def _add_train(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     names = ("fade", "granularity", "target", "heads", "chunks", "sampling", "scale", "learned")
-    otherwise = 0.0 if options.heads or options.chunks else 0.2
+    otherwise = 0.0 if (options.heads or options.chunks) and options.target == "layer" else 0.2
     p = otherwise if options.p is None else options.p
     recipe = Recipe(PROFILES[options.profile](p), **{name: getattr(options, name) for name in names})
     changes = {name: getattr(options, name) for name in ("steps", "batch", "accumulation", "seed", "dtype")}

@@ -101,7 +101,7 @@ def predicted_bytes(
     masks that the forward is given, ``memory``, the samples' indices, and what attention holds where its weights are
     dropped out (``attention_dropout``), which depends on the device.
 
-        plan = stack.plan(batch_size=32)
+        plan = stack.plan()  # of the next forward; batch_size=32 where decisions are per sample
         predicted_bytes(stack, plan, (32, 512, 1024), dtype=torch.bfloat16)
 
     Args:

@@ -102,7 +102,7 @@ class PartSchedules:
         if self and granularity != "batch":
             raise ValueError(
                 f'schedule: got rates of {list(self.schedules)} at granularity {granularity!r}, expected "batch": '
-                "samples that keep other heads have no smaller product in common"
+                "samples that keep other parts have no smaller product in common"
             )
         if self and scale == "eval":
             raise ValueError(f'scale is "eval", expected "none" or "inverse" with rates of {list(self.schedules)}')

@@ -185,6 +185,8 @@ class LayerDropStack(nn.Module):
         return (out, states) if self.hidden_states else out
 
     def _check(self, x: Tensor, batch: int) -> None:
+        if not isinstance(self.schedule, DropSchedule):
+            raise TypeError(f"stack.schedule is {self.schedule!r}, expected a DropSchedule")
         if len(self.layers) != self.schedule.num_layers:
             raise ValueError(
                 f"the stack has {len(self.layers)} layers and a schedule for {self.schedule.num_layers}: set .schedule "

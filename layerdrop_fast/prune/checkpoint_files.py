@@ -49,6 +49,8 @@ def prune_checkpoint(source: Path | str, out: Path | str, choose: Choose, *, pro
     if out.exists():
         raise ValueError(f"{out} exists, expected a new name")
     if source.is_dir():
+        if source.resolve() in out.resolve().parents:
+            raise ValueError(f"{out} is inside of {source}, expected another place: the source is left as it is")
         if out.suffix in (*SAFETENSORS, *TORCH):
             raise ValueError(f"{out} is named like a file, expected the name of a folder, as {source} is one")
         return prune_folder(source, out, choose, progress)

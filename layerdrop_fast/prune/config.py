@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from layerdrop_fast._checks import check_indices
@@ -13,6 +13,7 @@ from layerdrop_fast.prune.state_dict import check_mapping
 ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
 DECODER = ("decoder_layers", "num_decoder_layers")
 ONLY = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+OF_LAYERS = ("layer", "pattern", "idxs", "indices", "first_k")  # in names of what may number or count layers
 
 
 def prune_config(
@@ -56,6 +57,19 @@ def says_layers(config: Mapping[str, Any], prefix: str) -> bool:
     """Whether a config has a number of layers for such a list, right or wrong."""
     parts = _parts(_with_decoder(config), "")
     return any(_is_count(part.get(name)) for _, part in parts for name in _names(part, prefix))
+
+
+def left_as_is(config: Mapping[str, Any], pruned: Mapping[str, Any], keep: Iterable[str]) -> dict[str, Any]:
+    """What may number or count layers, by its name, and ``prune_config`` does not know the meaning of."""
+    known = (*ENCODER, *DECODER, *ONLY)
+    return {
+        f"{place}.{name}".lstrip("."): value
+        for (place, part), (_, cut) in zip(_parts(dict(config), ""), _parts(dict(pruned), ""), strict=True)
+        for name, value in part.items()
+        if any(word in str(name) for word in OF_LAYERS) and name not in known
+        if value and (_is_count(value) or isinstance(value, list)) and cut[name] == value
+        if any(_belongs(str(name), prefix) for prefix in keep)
+    }
 
 
 def _with_decoder(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,10 +37,16 @@ def only_list(model: nn.Module) -> str:
     names = [name for name, module in model.named_modules() if isinstance(module, LayerDropStack | LayerDropModuleList)]
     if len(names) != 1:
         raise ValueError(
-            f"{type(model).__name__} holds {len(names)} LayerDropStacks and LayerDropModuleLists {names}, expected 1; "
-            "name the lists to cut: {name: keep}"
+            f"{type(model).__name__} holds {len(names)} LayerDropStacks and LayerDropModuleLists {names}, expected 1, "
+            f"or a list of layers by its name, layers=name or {{name: keep}}; found {_lists_in(model)}"
         )
     return str(names[0])
+
+
+def _lists_in(model: nn.Module) -> str:
+    """What may be named."""
+    found = [name for name, module in model.named_modules() if isinstance(module, LayerDropStack | nn.ModuleList)]
+    return ", ".join(map(repr, found)) or "none"
 
 
 def stack_of(model: nn.Module, name: str) -> str:
@@ -55,7 +61,9 @@ def layers_of(model: nn.Module, name: str) -> nn.ModuleList:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
+        raise ValueError(
+            f"{type(model).__name__} has no module {name!r}; found the lists of layers {_lists_in(model)}"
+        ) from None
     layers = module.layers if isinstance(module, LayerDropStack) else module
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{name!r} is a {type(module).__name__}, expected a LayerDropStack or a list of layers")

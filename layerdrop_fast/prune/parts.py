@@ -41,30 +41,36 @@ def prune_heads(model: Model, keep: KeptParts, *, stack: str | None = None) -> M
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), figure 4 left; Michel, Levy, Neubig 2019 (arXiv 1905.10650).
     """
-    return _pruned(model, keep, "head", 0, stack)
+    return _pruned(model, keep, "head", None, stack)
 
 
-def prune_ffn_chunks(model: Model, keep: KeptParts, *, num_chunks: int = 8, stack: str | None = None) -> Model:
+def prune_ffn_chunks(
+    model: Model, keep: KeptParts, *, num_chunks: int | None = None, stack: str | None = None
+) -> Model:
     """A copy of ``model`` whose feed-forward networks have only the chunks in ``keep``.
 
     Chunk c of n has the hidden channels from ``c / n`` to ``(c + 1) / n`` of all, as in training with
     ``schedule={"ffn_chunk": p}, ffn_chunks=n``. The copy drops no chunks in training.
 
-    Args, Raises: as ``prune_heads``; ``num_chunks`` must divide the hidden width.
+    Args, Raises: as ``prune_heads``; ``num_chunks`` must divide the hidden width, None: the stack's ``ffn_chunks``.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.1 and figure 4 left.
     """
-    return _pruned(model, keep, "ffn_chunk", check_count(num_chunks, "num_chunks", 1), stack)
+    return _pruned(model, keep, "ffn_chunk", num_chunks, stack)
 
 
-def _pruned(model: Model, keep: KeptParts, kind: str, num_chunks: int, name: str | None) -> Model:
+def _pruned(model: Model, keep: KeptParts, kind: str, num_chunks: int | None, name: str | None) -> Model:
     names = [found for found, module in model.named_modules() if isinstance(module, TransformerStack)]
     if name is None and len(names) != 1:
-        raise ValueError(f"{type(model).__name__} holds {len(names)} TransformerStacks {names}, expected 1; name it")
+        raise ValueError(
+            f"{type(model).__name__} holds {len(names)} TransformerStacks {names}, expected 1, or its name: stack=name"
+        )
     if name is not None and name not in names:
         raise ValueError(f"no TransformerStack {name!r}, expected one of {names}")
     name = names[0] if name is None else name
-    layers: Any = model.get_submodule(name).layers
+    whole: Any = model.get_submodule(name)
+    layers = whole.layers
+    num_chunks = whole.parts.ffn_chunks if num_chunks is None else check_count(num_chunks, "num_chunks", 1)
     by_layer = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(range(len(layers)), keep)
     parts = {
         number: Parts(*_checked(layers, number, kept, kind, num_chunks), scale=1.0) for number, kept in by_layer.items()
@@ -93,6 +99,8 @@ def _checked(layers: Any, number: int, kept: Sequence[int], kind: str, num_chunk
         raise ValueError(f"layer {number}: expected 0 to {len(layers) - 1}")
     layer: TransformerLayer = layers[number]
     total = num_chunks if kind == "ffn_chunk" else layer.self_attn.num_kv_heads
+    if isinstance(kept, Sequence) and any(isinstance(part, Sequence) for part in kept):
+        raise TypeError(f"{kind}s to keep are {kept}, expected one list for all layers, or {{layer: list}}")
     for name, module in layer.named_modules():
         if parametrize.is_parametrized(module):
             raise TypeError(f"layer {number}: {name} is parametrized, expected plain weights: remove_parametrizations")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from layerdrop_fast.prune.state_dict import checked_keep, layer_lists, number_of_layers, renamed
 
@@ -21,6 +21,7 @@ class Pruned:
     layers: dict[str, int]  # that each list had
     bytes_before: int
     bytes_after: int
+    left_as_is: Mapping[str, Any] = field(default_factory=dict)  # of a config: what may number or count layers too
 
 
 def planned(sizes: Mapping[str, int], choose: Choose) -> Pruned:

@@ -8,11 +8,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from layerdrop_fast._progress import stage
-from layerdrop_fast.prune.config import prune_config
+from layerdrop_fast.prune.config import left_as_is, prune_config
 from layerdrop_fast.prune.new_output import new_output
 from layerdrop_fast.prune.pruned import Choose, Pruned, planned
 from layerdrop_fast.prune.state_dict import renamed
@@ -37,7 +38,8 @@ def prune_folder(source: Path, out: Path, choose: Choose, progress: bool) -> Pru
             raise ValueError(f"{source} has no {shard}, expected {SINGLE}, or {INDEX} and its shards")
     cut = planned(_sizes([source / shard for shard in shards]), choose)
     config = source / "config.json"
-    smaller = prune_config(_json(config), cut.kept, cut.layers) if config.exists() else None
+    whole = _json(config) if config.exists() else None
+    smaller = prune_config(whole, cut.kept, cut.layers) if whole is not None else None
     shown = stage("prune", len(shards)) if progress else nullcontext(lambda done, note: None)
     with new_output(out) as temporary, shown as show:
         temporary.mkdir()
@@ -54,7 +56,9 @@ def prune_folder(source: Path, out: Path, choose: Choose, progress: bool) -> Pru
         for other in source.iterdir():  # tokenizers and their like
             if other.is_file() and other.name not in (*shards, INDEX, "config.json") and not _is_weights(other):
                 shutil.copy2(other, temporary / other.name)
-    return cut
+    if whole is None or smaller is None:
+        return cut
+    return replace(cut, left_as_is=left_as_is(whole, smaller, cut.kept))
 
 
 def _shards(source: Path, index: Mapping[str, Any]) -> list[str]:

@@ -56,7 +56,7 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
 
 
 @contextmanager
-def early_exit(model: Model, layer: int, name: str | None = None) -> Iterator[Model]:
+def early_exit(model: Model, layer: int, layers: str | None = None) -> Iterator[Model]:
     """Within the block, ``model`` runs only its first ``layer`` layers; what comes behind the last runs as before.
 
         with early_exit(model, 8) as draft:
@@ -65,14 +65,14 @@ def early_exit(model: Model, layer: int, name: str | None = None) -> Iterator[Mo
     Args:
         model: as for ``extract``.
         layer: how many layers run, 1 to L: the 0-based index of the first one that does not.
-        name: which list of layers, by its name; None: the only one.
+        layers: the name of the list of layers; None: the only one.
 
     Raises:
         ValueError: a number out of range; a name that is no list of layers. TypeError: a number of another kind.
 
     Source: Elhoushi et al. 2024 (arXiv 2404.16710).
     """
-    name = only_list(model) if name is None else name
+    name = only_list(model) if layers is None else layers
     depth = len(layers_of(model, name))
     if not 1 <= check_count(layer, "layer", 1) <= depth:
         raise ValueError(f"layer is {layer}, expected 1 to {depth}, the layers of {name!r}")

@@ -69,9 +69,10 @@ def _load(source: Path) -> Any:
 def _why(error: Exception) -> str:
     """What stands in the way, without torch's advice to execute it."""
     text = str(error)
-    if "weights_only" in text and (named := re.search(r"GLOBAL (\S+)", text)):
-        return f"it holds a {named[1]}, which is not a tensor and would have to be executed; save model.state_dict()"
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no more is known'}"
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds a {named[1]}, which would have to be executed: save state dicts and plain numbers only"
+    known = f" ({type(error).__name__}: {text.splitlines()[0]})" if text and "weights_only" not in text else ""
+    return f"it is none, or damaged{known}"
 
 
 def _state_dicts(value: Any) -> Iterator[dict[str, Any]]:

@@ -57,6 +57,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file says that this program wrote it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"record", "sha256"} <= set(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_weights(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Gives ``model`` the tensors that a checkpoint holds for it.
 

@@ -150,7 +150,7 @@ def introduction(options: Options, corpus: Corpus, training: Training, device: t
     size = training.size
     recipe = training.recipe
     drop = (
-        f"learned, mean {training.mean_rate:.3g}"
+        f"learned, mean {training.mean_rate:.3g}{', falling to 0' if recipe.fade else ''}"
         if recipe.learned
         else recipe.schedule(size.num_layers, training.steps)
     )

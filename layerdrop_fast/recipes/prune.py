@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from layerdrop_fast.prune import every_other, prune_checkpoint
+from torch import Tensor
+
+from layerdrop_fast.prune import every_other, prune_checkpoint, prune_state_dict
+from layerdrop_fast.prune.safetensors_files import SINGLE
+from layerdrop_fast.recipes.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from layerdrop_fast.recipes.files import RecipeError
 
 STRATEGIES = {
@@ -43,18 +49,38 @@ def run(options: Options) -> None:
         )
     if (source.is_dir() or source.suffix == ".safetensors") and find_spec("safetensors") is None:
         raise RecipeError("prune needs safetensors: pip install 'layerdrop_fast[recipes]'")
+    own = _own(source)
     try:
         found = prune_checkpoint(source, options.out, lambda lists: _keep(options, lists), progress=True)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     except OSError as error:
         raise RecipeError(f"cannot prune {source}: {error.strerror}: {error.filename or options.out}") from error
+    if own is not None and list(found.kept) == ["stack.layers"]:
+        tensors, record = own
+        (kept,) = found.kept.values()
+        settings = {**record["settings"], "num_layers": len(kept)}
+        smaller = prune_state_dict(tensors, found.kept)
+        save_checkpoint(_weights(options.out), smaller, {**record, "settings": settings, "kept": kept})
     for prefix, keep in found.kept.items():
         print(f"{prefix or 'layers'}: {found.layers[prefix]} -> {len(keep)} layers, those that were {_listed(keep)}")
+    if found.left_as_is:
+        listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in found.left_as_is.items())
+        print(f"config.json: {listed} left as is, check whether that fits the layers that are left")
     print(
         f"{found.bytes_before / MIB:,.1f} -> {found.bytes_after / MIB:,.1f} MiB of weights, in {options.out}",
         flush=True,
     )
+
+
+def _own(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """A model of ``train lm`` or the demo: its file tells its size, as that of what is left of it then does too."""
+    path = _weights(source)
+    return load_checkpoint(path) if path.suffix == ".safetensors" and is_checkpoint(path) else None
+
+
+def _weights(path: Path) -> Path:
+    return path / SINGLE if path.is_dir() else path
 
 
 def _keep(options: Options, lists: Mapping[str, int]) -> dict[str, Sequence[int]]:

@@ -14,7 +14,7 @@ from layerdrop_fast.recipes.training import DENSE, ModelSize, Training
 
 
 def load_lm(path: Path | str, *, device: torch.device | str = "cpu") -> TransformerLM:
-    """A trained model from its file, all layers of it, in evaluation mode and without drop rates.
+    """A trained model from its file, or what ``layerdrop-fast prune`` left of it, in evaluation mode, drop rates 0.
 
         model = load_lm("out/lm/model.safetensors")
         small = prune.extract(model, prune.every_other(16, kept=8))
@@ -29,10 +29,9 @@ def load_lm(path: Path | str, *, device: torch.device | str = "cpu") -> Transfor
     try:
         tensors, record = load_checkpoint(path)
     except DamagedError:
-        raise RecipeError(
-            f"{path} is damaged, or not what train or the demo wrote (weights that were cut go into a model that is "
-            "cut alike, by load_state_dict)"
-        ) from None
+        raise RecipeError(f"{path} is damaged, or not what train or the demo wrote, or prune left of it") from None
+    if isinstance(record, dict) and "step" in record:
+        raise RecipeError(f"{path} is a run that is not finished, expected one that is: its command goes on with it")
     settings = record.get("settings") if isinstance(record, dict) else None
     settings = settings if isinstance(settings, dict) else {}
     names = [field.name for field in dataclasses.fields(ModelSize)]

@@ -204,6 +204,14 @@ def test_changed_layers_are_noticed():
     assert model(X).shape == X.shape
 
 
+@pytest.mark.parametrize("schedule", [0.2, {"layer": 0.2}])
+def test_a_schedule_set_later_is_one(schedule):
+    stack = LayerDropStack([nn.Linear(4, 4) for _ in range(3)], 0.2)
+    stack.schedule = schedule
+    with pytest.raises(TypeError, match=r"stack.schedule is .*0.2.*, expected a DropSchedule"):
+        stack(torch.randn(2, 4))
+
+
 def test_data_parallel_is_refused():
     replica = stack()._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="use DistributedDataParallel"):

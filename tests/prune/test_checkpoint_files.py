@@ -148,7 +148,7 @@ class Malicious:
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": model_of().state_dict(), "x": Malicious()}, tmp_path / "in.pt")
-    with pytest.raises(ValueError, match=r"cannot read .*in.pt.*: it holds a posix.mkdir, .*; save model.state_dict"):
+    with pytest.raises(ValueError, match=r"cannot read .*in.pt.*: it holds a posix.mkdir, .*: save state dicts and"):
         prune_checkpoint(tmp_path / "in.pt", tmp_path / "out.pt", choose)
     assert os.listdir(tmp_path) == ["in.pt"]
 
@@ -342,6 +342,16 @@ def test_what_to_keep_may_be_said_at_once(tmp_path):
     cut = prune_checkpoint(tmp_path / "model-00001-of-00001.safetensors", tmp_path / "o.safetensors", {"layers": KEEP})
     assert cut.kept == {"layers": KEEP}
     assert_same(load_file(tmp_path / "o.safetensors"), expected(model))
+
+
+def test_nothing_is_written_into_the_source(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file(model_of().state_dict(), source / "model.safetensors")
+    before = sorted(os.listdir(source))
+    with pytest.raises(ValueError, match=r"in/small is inside of .*in, expected another place"):
+        prune_checkpoint(source, source / "small", choose)
+    assert sorted(os.listdir(source)) == before
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640])

@@ -3,6 +3,7 @@
 import pytest
 
 from layerdrop_fast.prune import prune_config
+from layerdrop_fast.prune.config import left_as_is
 
 BART = {"encoder_layers": 6, "decoder_layers": 6, "num_hidden_layers": 6, "encoder_layerdrop": 0.2, "d_model": 8}
 T5 = {"num_layers": 6, "num_decoder_layers": 6, "d_model": 8}
@@ -108,3 +109,15 @@ def test_what_cannot_be_kept_is_named(keep, error, message):
     with pytest.raises(error, match=message):
         prune_config(config, keep, {"layers": 4})
     assert config == {"num_hidden_layers": 4, "layer_types": list("abcd")}
+
+
+def test_what_else_may_number_layers_is_told():
+    others = {"max_window_layers": 4, "mlp_only_layers": [1, 3], "first_k_dense_replace": 1, "full_attn_idxs": [2]}
+    silent = {"layer_norm_eps": 1e-5, "layerdrop": 0.1, "tie_layers": False, "no_layers": [], "hidden_size": 8}
+    config = {"num_hidden_layers": 6, "layer_types": list("ababab"), **others, **silent, "encoder_layer_list": [1]}
+    keep = {"decoder.layers": [0, 2, 4]}
+    pruned = prune_config(config, keep, {"decoder.layers": 6})
+    assert left_as_is(config, pruned, keep) == others
+    nested = {"text_config": config}
+    pruned = prune_config(nested, keep, {"decoder.layers": 6})
+    assert left_as_is(nested, pruned, keep) == {f"text_config.{name}": value for name, value in others.items()}

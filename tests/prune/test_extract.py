@@ -110,6 +110,14 @@ def test_a_layer_that_stands_twice():
     assert torch.equal(small(X), skipping(model.layers, [0, 1], X))
 
 
+def test_lists_that_must_be_named_are_told():
+    model = nn.ModuleDict({"encoder": nn.ModuleList(blocks(2)), "other": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"holds 0 LayerDropStacks .*layers=name or \{name: keep\}; found 'encoder'"):
+        extract(model, [0])
+    with pytest.raises(ValueError, match="found none"):
+        extract(nn.Linear(2, 2), [0])
+
+
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
@@ -119,7 +127,7 @@ def test_a_layer_that_stands_twice():
         ([], r"are \[\], expected"),
         ([-1], r"are \[-1\], expected at least one of 0 to"),
         ({"layers.0": [0]}, r"'layers.0' is a Block, expected a LayerDropStack or a list of layers"),
-        ({"nowhere": [0]}, r"LayerDropStack has no module 'nowhere'"),
+        ({"nowhere": [0]}, r"LayerDropStack has no module 'nowhere'; found the lists of layers '', 'layers'"),
     ],
 )
 def test_errors_name_both_sides(keep, message):

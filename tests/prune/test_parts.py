@@ -130,6 +130,18 @@ def test_what_is_no_list_is_named(keep):
         prune_heads(made("plain"), keep)
 
 
+def test_lists_by_layer_come_in_a_mapping():
+    with pytest.raises(TypeError, match=r"heads to keep are \[\[0\], \[1\]\], expected one .*, or \{layer: list\}"):
+        prune_heads(made("plain"), [[0], [1]])
+
+
+def test_chunks_are_those_of_training():
+    stack = TransformerStack(2, 16, 4, 32, schedule={"ffn_chunk": 0.5}, ffn_chunks=4)
+    small, same = prune_ffn_chunks(stack, [1, 3]), prune_ffn_chunks(stack, [1, 3], num_chunks=4)
+    assert small.layers[0].linear1.weight.shape == (16, 16)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), same.parameters(), strict=True))
+
+
 def test_masks_of_single_heads_fit_every_layer():
     stack = prune_heads(made("plain"), {1: [0, 1]})
     x, mask = torch.randn(2, 5, 16, dtype=torch.float64), torch.zeros(1, 4, 5, 5, dtype=torch.float64)

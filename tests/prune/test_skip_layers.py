@@ -104,7 +104,7 @@ def test_early_exit_names_both_sides(layer, error):
     model = LayerDropStack(blocks(5), 0.2)
     with pytest.raises(error, match=r"layer (is|must be)"), early_exit(model, layer):
         pass
-    with pytest.raises(ValueError, match="has no module 'nowhere'"), early_exit(model, 1, "nowhere"):
+    with pytest.raises(ValueError, match="has no module 'nowhere'"), early_exit(model, 1, layers="nowhere"):
         pass
 
 

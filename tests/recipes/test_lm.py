@@ -51,8 +51,9 @@ def few_windows(monkeypatch):
         ),
         (
             ["--target", "branch", "--heads", "0.2", "--chunks", "0.1"],
-            {"target": "branch", "heads": 0.2, "chunks": 0.1},
+            {"depth": "uniform(p=0.2)", "target": "branch", "heads": 0.2, "chunks": 0.1},
         ),
+        (["--target", "branch", "--p", "0", "--heads", "0.2"], {"depth": "uniform(p=0.0)", "heads": 0.2}),
         (["--learned", "--p", "0.5"], {"learned": True}),
         (["--heads", "0.2"], {"depth": "uniform(p=0.0)", "heads": 0.2}),
         (["--config", "words-16"], {"vocab_size": 16, "cutoffs": None}),
@@ -124,7 +125,7 @@ def test_of_words_the_vocabulary_is_written(text):
 
 def test_the_page_on_training_uses_what_is_left(text, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs/training.md").read_text()
-    of_words, of_bytes, of_cut_files, own_loop = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    of_words, of_bytes, of_cut_files, to_train_on, own_loop = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names = {}
     text.write_text(("It was a very " + SENTENCE) * 400)
     monkeypatch.chdir(text.parent)
@@ -135,11 +136,15 @@ def test_the_page_on_training_uses_what_is_left(text, monkeypatch, capsys):
     assert len(printed) == 2
     assert all(line.startswith("It was a very ") and len(line.split()) == 24 for line in printed)
 
-    (command,) = re.findall(r"`layerdrop-fast (prune out/lm/.*)` cuts the file", page)
+    (command,) = re.findall(r"`layerdrop-fast (prune out/lm/.*)` writes a file", page)
     assert cli.main(command.split()) == 0
     before = names["small"].state_dict()
     exec(compile(of_cut_files, "docs/training.md", "exec"), names)
-    assert all(torch.equal(value, before[name]) for name, value in names["small"].state_dict().items())
+    after = names["small"].state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    exec(compile(to_train_on, "docs/training.md", "exec"), names)
+    assert names["small"].stack.plan().kept_counts != names["small"].stack.plan(1).kept_counts
 
     assert train(text, "--steps", "4", "--batch", "2", "--restart", out="out/lm") == 0
     capsys.readouterr()
@@ -154,8 +159,39 @@ def test_a_model_that_is_none_is_named(text):
     save_checkpoint(path, {"x": torch.zeros(1)}, {"settings": {"num_layers": 2}})
     with pytest.raises(RecipeError, match=r"other\.safetensors does not tell the d_model, nhead, .* of its model"):
         load_lm(path)
-    with pytest.raises(RecipeError, match="is damaged, or not what train or the demo wrote"):
+    with pytest.raises(RecipeError, match="is damaged, or not what train or the demo wrote, or prune left of it"):
         load_lm(text)
+    save_checkpoint(path, {"x": torch.zeros(1)}, {"settings": {}, "step": 3, "seconds": 1.0})
+    with pytest.raises(RecipeError, match=r"other\.safetensors is a run that is not finished"):
+        load_lm(path)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_left_of_a_trained_model_tells_its_size(text, folder, capsys):
+    assert train(text, "--steps", "4", "--batch", "2") == 0
+    source = text.parent / "out" / ("" if folder else "model.safetensors")
+    small = text.parent / ("small" if folder else "small.safetensors")
+    smaller = text.parent / "smaller.safetensors"
+    assert cli.main(["prune", str(source), "--kept", "8", "--out", str(small)]) == 0
+    path = small / "model.safetensors" if folder else small
+    assert cli.main(["prune", str(path), "--keep", "1,6", "--out", str(smaller)]) == 0
+    model = load_lm(text.parent / "out" / "model.safetensors")
+    for file, keep in ((path, every_other(16, kept=8)), (smaller, [2, 12])):
+        expected = extract(model, keep).state_dict()
+        found = load_lm(file).state_dict()
+        assert set(found) == set(expected)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_damaged_model_is_not_cut(text, capsys):
+    assert train(text, "--steps", "4", "--batch", "2") == 0
+    path = text.parent / "out" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert cli.main(["prune", str(path), "--kept", "8", "--out", str(text.parent / "small.safetensors")]) == 2
+    assert "model.safetensors is damaged" in capsys.readouterr().err
+    assert not (text.parent / "small.safetensors").exists()
 
 
 def test_equal_work_is_more_steps(text):
