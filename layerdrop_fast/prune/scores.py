@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from layerdrop_fast.prune.fingerprints import of_weights
 from layerdrop_fast.prune.lists import layers_of
 from layerdrop_fast.prune.shared_prefixes import Evaluate, SharedPrefixes, number_from
 from layerdrop_fast.prune.skip_layers import skip_layers
+from layerdrop_fast.prune.subsets import Subset
 
-Subset: TypeAlias = tuple[int, ...]
 SECONDS_BETWEEN_SAVES = 10.0
 SAME_SCORE = 1e-4  # of the score, or of the largest one; the order of sums may differ from run to run
 

@@ -9,14 +9,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from layerdrop_fast._checks import check_choice, check_count
 from layerdrop_fast.prune.every_other import every_other
 from layerdrop_fast.prune.lists import layers_of, only_list, stack_of
-from layerdrop_fast.prune.scores import Scores, Subset
+from layerdrop_fast.prune.scores import Scores
 from layerdrop_fast.prune.shared_prefixes import Evaluate
+from layerdrop_fast.prune.subsets import Subset, random_subsets
 
 METHODS = ("exhaustive", "greedy", "beam", "random")
 MOST_SUBSETS = 1_000_000
@@ -166,17 +166,6 @@ def search(
         scores.layers_run,
         scores.layers_asked,
     )
-
-
-def random_subsets(layers: range | list[int], kept: int, count: int, seed: int | list[int]) -> list[Subset]:
-    """``count`` different subsets of ``kept`` of these layers, drawn at random; all of them where there are no more."""
-    if math.comb(len(layers), kept) <= count:
-        return list(combinations(layers, kept))
-    generator = np.random.default_rng(seed)
-    found: dict[Subset, None] = {}
-    while len(found) < count:
-        found[tuple(sorted(generator.choice(np.array(layers), kept, replace=False).tolist()))] = None
-    return list(found)
 
 
 def _eliminate(scores: Scores, depth: int, kept: int, width: int) -> dict[Subset, float]:

@@ -48,6 +48,18 @@ def test_a_layer_that_matters_is_missed():
     assert found.means[2] == pytest.approx(5 - (0.1 + 0.1 + 0.0) / 3)
 
 
+def test_one_layer_that_matters_makes_no_other_one_look_as_if_it_did():
+    """A loss that layer 0 alone lowers is the same without any of the others, but for one sub-network in 20."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([Shift(1.0), *(Shift(0.0) for _ in range(15))])})
+
+    def missing(model):
+        return 1 - sum(layer.by for layer in model["layers"])
+
+    found = layer_importance(model, missing, kept=8, layers="layers", share_prefixes=False)
+    assert found.means[0] == 1.0
+    assert set(found.means[1:]) <= {9 / 20, 10 / 20}
+
+
 def test_samples_are_different_and_follow_the_seed():
     model = Model(LISTS["ModuleList"](8))
     first, again, other = (

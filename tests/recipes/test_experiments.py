@@ -57,9 +57,10 @@ def test_every_network_is_trained_and_measured(name, text, few):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_layers_are_measured_of_one_seed(text, few):
+def test_every_half_is_measured_of_one_seed(text, few):
     found = runs.measured(NETWORKS["dense"], trained(), from_file(text), SMALL, seed=1)
-    assert not {"importance", "halves"} & set(found)
+    assert "importance" in found
+    assert "halves" not in found
 
 
 def test_what_chooses_layers_does_not_judge_them(text, few, monkeypatch):
@@ -68,7 +69,7 @@ def test_what_chooses_layers_does_not_judge_them(text, few, monkeypatch):
         monkeypatch.setattr(measures, name, lambda *given, name=name: seen.update({name: given}))
     runs.measured(NETWORKS["dense"], trained(), corpus, SMALL, seed=0)
     scored = validation_windows(corpus.validation, count=8, length=17)
-    for windows in (seen["strategies"][2:], seen["halves"][1:], seen["importance"][1:]):
+    for windows in (seen["strategies"][2:], seen["halves"][1:], seen["importance"][1:2]):
         assert all(map(np.array_equal, windows, (scored[::2], scored[1::2])))
 
 
@@ -78,7 +79,7 @@ def test_the_seed_is_trained_with():
 
 def test_importance_is_of_what_was_scored(few):
     model = trained().model
-    found = measures.importance(model, WINDOWS)
+    found = measures.importance(model, WINDOWS, seed=0)
     halves = {keep: bits_per_token(extract(model, keep), WINDOWS[:2]) for keep in combinations(range(4), 2)}
     assert found["kept"] == 2
     for layer, values in enumerate(found["values"]):
@@ -114,6 +115,8 @@ def test_every_half_is_scored_and_the_best_is_judged_on_other_windows(few):
     assert found["best"]["value"] == pytest.approx(bits[ranked[0]])
     assert found["worst"] == pytest.approx(bits[ranked[-1]])
     assert found["median"] == pytest.approx((bits[ranked[2]] + bits[ranked[3]]) / 2)
+    without = [np.mean([value for keep, value in bits.items() if layer not in keep]) for layer in range(4)]
+    assert found["without"] == pytest.approx(without)
     for row in (found["best"], found["every other"]):
         assert row["held_out"] == pytest.approx(bits_per_token(extract(model, row["keep"]), WINDOWS[1::2]))
 
@@ -170,6 +173,7 @@ def test_tables_have_means_and_deviations():
         "every other": {"value": 2.125, "held_out": 2.375, "rank": 1200},
         "median": 3.5,
         "worst": 9.0,
+        "without": [4.0, 3.0, 3.5, 3.5],
     }
     results = [
         result("layers 0.2", 1, 2.5, strategies=strategies),
@@ -193,6 +197,17 @@ def test_plots_are_of_what_there_is():
     assert set(found) == {"depth.png", "recipe.png", "importance.png"}
     assert all(content.startswith(b"\x89PNG") for content in found.values())
     assert set(summary.plots(results[1:])) == {"recipe.png"}
+
+
+def test_importance_is_drawn_over_all_seeds(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        summary, "plot_importance", lambda found, draw=summary.plot_importance: drawn.update(found) or draw(found)
+    )
+    seeds = ({"kept": 1, "values": [[3.0], [2.0, 2.5]]}, {"kept": 1, "values": [[4.0], [5.0]]})
+    summary.plots([result("dense", seed, 3.0, importance=found) for seed, found in enumerate(seeds)])
+    assert drawn["dense"].means == pytest.approx([3.5, 9.5 / 3])
+    assert drawn["dense"].kept == 1
 
 
 def test_plots_show_what_is_not_much_worse_than_bigrams(monkeypatch):

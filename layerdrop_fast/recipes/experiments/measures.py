@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def strategies(
 
 
 def halves(model: TransformerLM, chosen_on: Windows, judged_on: Windows) -> dict[str, Any]:
-    """Every way to keep half of the layers: the best ones, and where Every Other stands among them."""
+    """Every way to keep half of the layers: the best, where Every Other stands among them, the mean without a layer."""
     found = search(
         model,
         lambda model: bits_per_token(model, chosen_on[:SEARCHED_THROUGH]),
@@ -79,13 +79,19 @@ def halves(model: TransformerLM, chosen_on: Windows, judged_on: Windows) -> dict
         "every other": {**asdict(found.every_other), "rank": values.index(found.every_other.value) + 1},
         "median": median(values),
         "worst": values[-1],
+        "without": [
+            fmean(scored.value for scored in found.ranked if layer not in scored.keep)
+            for layer in range(len(model.stack.layers))
+        ],
     }
 
 
-def importance(model: TransformerLM, scored: Windows) -> dict[str, Any]:
+def importance(model: TransformerLM, scored: Windows, seed: int) -> dict[str, Any]:
     """Of each layer: 20 random sub-networks of half of the layers that lack it, fewer where there are not as many."""
     half = len(model.stack.layers) // 2
-    found = layer_importance(model, lambda model: bits_per_token(model, scored[:SEARCHED]), kept=half, samples=20)
+    found = layer_importance(
+        model, lambda model: bits_per_token(model, scored[:SEARCHED]), kept=half, samples=20, seed=seed
+    )
     return {"kept": half, "values": [[value for value in row if value == value] for row in found.values.tolist()]}
 
 

@@ -25,7 +25,7 @@ class Network:
     recipe: Recipe
     equal_work: bool = False  # as many more steps as dropped layers save; else the same number of steps
     strategies: bool = False  # cut to half by every strategy (figure 4, right)
-    layers: bool = False  # every half that can be left, and how much each layer is missed (figure 5); seed 0 only
+    layers: bool = False  # how much each layer is missed (figure 5); of seed 0 also every half that can be left
     parts: bool = False  # half of its heads, chunks, branches, layers taken out (figure 4, left)
 
 
@@ -85,9 +85,10 @@ def measured(network: Network, trained: Trained, corpus: Corpus, size: ModelSize
         found["learned_rates"] = trained.learned.rates.tolist()
     if network.strategies:
         found["strategies"] = measures.strategies(model, trained.learned, chosen_on, judged_on)
+    if network.layers:
+        found["importance"] = measures.importance(model, chosen_on, seed)
     if network.layers and seed == 0:
         found["halves"] = measures.halves(model, chosen_on, judged_on)
-        found["importance"] = measures.importance(model, chosen_on)
     if network.parts:
         found["parts"] = measures.parts(model, scored)
     return found

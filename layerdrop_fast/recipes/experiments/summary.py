@@ -12,7 +12,6 @@ import numpy as np
 from layerdrop_fast.prune import Importance, plot_curves, plot_importance
 from layerdrop_fast.recipes.experiments.runs import NETWORKS
 from layerdrop_fast.recipes.files import RecipeError
-from layerdrop_fast.schedule import FloatArray
 
 Results = Sequence[dict[str, Any]]
 
@@ -64,25 +63,22 @@ def plots(results: Results) -> dict[str, bytes]:
             axes.set_ylim(top=min(axes.get_ylim()[1], 1.5 * bigram))  # a cut to one layer flattens everything else
             axes.legend(framealpha=1.0, edgecolor="none")
             found[file] = _png(axes.figure)
-    importances = {
-        name: Importance(run["importance"]["kept"], _padded(run["importance"]["values"]))
-        for name in NETWORKS
-        for run in _of(results, name)
-        if "importance" in run
-    }
-    if importances:
-        axes = plot_importance(importances)
+    measured = [result for result in results if "importance" in result]
+    if measured:
+        axes = plot_importance({name: _importance(of) for name in NETWORKS if (of := _of(measured, name))})
         axes.set_ylabel("validation bits/byte of random halves without the layer")
         found["importance.png"] = _png(axes.figure)
     return found
 
 
-def _padded(rows: Sequence[Sequence[float]]) -> FloatArray:
-    """Rows of one length, filled up with NaN."""
-    found = np.full((len(rows), max(map(len, rows))), np.nan)
+def _importance(runs: Results) -> Importance:
+    """The sub-networks of all seeds."""
+    by_layer = zip(*(run["importance"]["values"] for run in runs), strict=True)
+    rows = [[value for values in of_seeds for value in values] for of_seeds in by_layer]
+    padded = np.full((len(rows), max(map(len, rows))), np.nan)
     for number, row in enumerate(rows):
-        found[number, : len(row)] = row
-    return found
+        padded[number, : len(row)] = row
+    return Importance(runs[0]["importance"]["kept"], padded)
 
 
 def _depths(results: Results) -> str:
@@ -121,7 +117,8 @@ def _halves(results: Results) -> str | None:
             judged = (best["held_out"], other["held_out"])
             cells = [f"{bits:.3f}" for bits in (*searched, *judged)]
             rank = f"{other['rank']:,} of {halves['candidates']:,}"
-            rows.append([name, *cells[:2], rank, *cells[2:], f"{halves['layers_run']:,} of {halves['layers_asked']:,}"])
+            ran = f"{halves['layers_run']:,} of {halves['layers_asked']:,}"
+            rows.append([name, *cells[:2], rank, *cells[2:], ran])
     titles = ["network", "best", "every other", "its rank", "median", "worst"]
     return _table([*titles, "best, held out", "every other, held out", "layers run"], rows) if rows else None
 
