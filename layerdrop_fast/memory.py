@@ -131,8 +131,9 @@ def predicted_bytes(
         decisions = len(stack.rates(plan.step))
         if len(counts) != decisions or plan.batch_size not in (None, batch):
             raise ValueError(f"plan: got {plan!r}, expected one of {decisions} units and {batch} samples")
-    shares = _shares(stack, plan, units)
     kept = [Kept(unit, None, count, 1.0) for unit, count in enumerate(counts[:units]) if count]
+    if plan is not None and stack.parts:
+        kept = stack.in_parts(plan, kept)
     bound = None if stack.max_kept is None else stack.max_kept * stack.units_per_layer * batch
     total, entered = 0, -1
     for held, recomputed in pieces(kept, bound):
@@ -143,24 +144,13 @@ def predicted_bytes(
             number, first = divmod(unit.unit, stack.units_per_layer)
             layer: Any = stack.layers[number]
             branches = range(layer.num_branches) if stack.units_per_layer == 1 else [first]
-            for branch in (branch for branch in branches if shares[number, branch] != 0):
+            parts = unit.parts or [None] * len(branches)
+            running = [(b, part) for b, part in zip(branches, parts, strict=True) if part is None or part.kept]
+            for place, (branch, part) in enumerate(running):
                 # Behind a norm of the same layer and for the same samples, a branch needs no input of its own.
-                enters = branch == branches[0] and (number != entered or stack.granularity == "sample")
+                enters = place == 0 and (number != entered or stack.granularity == "sample")
                 entered = number
-                tokens = unit.num_rows * length
-                memory = unit.num_rows * memory_length
-                total += branch_bytes(layer, branch, tokens, dtype, autocast, memory, enters, shares[number, branch])
+                tokens, memory = unit.num_rows * length, unit.num_rows * memory_length
+                share = None if part is None or part.is_whole else len(part.kept) / part.total
+                total += branch_bytes(layer, branch, tokens, dtype, autocast, memory, enters, share)
     return total
-
-
-def _shares(stack: TransformerStack, plan: DropPlan | None, units: int) -> dict[tuple[int, int], float | None]:
-    """How much of its heads or chunks each branch of each layer keeps; None: it runs whole."""
-    layers: Any = stack.layers
-    every = [(number, branch) for number, layer in enumerate(layers) for branch in range(layer.num_branches)]
-    if plan is None or not stack.parts:
-        return dict.fromkeys(every)
-    parts = stack.parts.kept(layers, plan, units, stack.scale)
-    return {
-        place: None if part is None or part.is_whole else len(part.kept) / part.total
-        for place, part in zip(every, parts, strict=True)
-    }

@@ -6,7 +6,7 @@ be drawn beforehand, drawn again, or drawn on every rank, always with the same r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from layerdrop_fast._extension import planner
 from layerdrop_fast.schedule import FloatArray
 
 SAMPLINGS = ("bernoulli", "systematic")
+KIND_BIT = 60  # of a stream: what a draw decides, where the decisions of a step are several draws
 
 
 class DropPlan:
@@ -174,6 +175,15 @@ def draw_plan(
         layer = next(layer for layer, rate in enumerate(rates) if not 0.0 <= rate <= 1.0)
         raise ValueError(f"drop rate of layer {layer} is {rates[layer]}, expected a number in [0, 1]")
     return DropPlan(keep, batch_size=batch_size, seed=seed, step=step, stream=stream, sampling=sampling, device=device)
+
+
+def joined(plans: Iterable[DropPlan]) -> DropPlan:
+    """Plans of one step as one: the decisions of each behind those of the one before. The stream is the first one's."""
+    first, *others = plans
+    if not others:
+        return first
+    integers = {name: getattr(first, name) for name in ("batch_size", "seed", "step", "stream", "sampling", "device")}
+    return DropPlan(np.concatenate([first._keep, *(plan._keep for plan in others)]), **integers)
 
 
 def _as_rates(rates: Any) -> FloatArray:

@@ -20,7 +20,7 @@ from layerdrop_fast.nn.samples import BatchDims, PutBack, Samples, check_batch_d
 from layerdrop_fast.nn.statistics import StackStats, Statistics
 from layerdrop_fast.nn.turn import Kept, Turn, pieces
 from layerdrop_fast.ops._checks import FLOATING
-from layerdrop_fast.plan import SAMPLINGS, DropPlan, draw_plan
+from layerdrop_fast.plan import KIND_BIT, SAMPLINGS, DropPlan, draw_plan, joined
 from layerdrop_fast.schedule import DropSchedule, FloatArray
 
 GRANULARITIES = ("batch", "sample")
@@ -141,9 +141,13 @@ class LayerDropStack(nn.Module):
         """How many decisions are drawn for each layer."""
         return 1
 
+    def rates_by_kind(self, step: int) -> list[FloatArray]:
+        """The drop rates of a plan's decisions, by what they drop."""
+        return [np.repeat(self.schedule(step), self.units_per_layer)]
+
     def rates(self, step: int) -> FloatArray:
         """The drop rate of every decision of a plan."""
-        return np.repeat(self.schedule(step), self.units_per_layer)
+        return np.concatenate(self.rates_by_kind(step))
 
     def plan(self, forward: int | None = None, *, batch_size: int | None = None) -> DropPlan:
         """The plan of training forward number ``forward``; None: of the next one.
@@ -156,13 +160,19 @@ class LayerDropStack(nn.Module):
             raise ValueError(f"batch_size is {batch_size}, expected {expected} at granularity {self.granularity!r}")
         forward = self.counters.forwards if forward is None else forward
         step, microbatch = divmod(forward, self.counters.accumulation)
-        return draw_plan(
-            self.rates(step),
-            batch_size,
-            seed=self.counters.seed,
-            step=step,
-            stream=microbatch if batch_size is None else distributed.rank() << 32 | microbatch,
-            sampling=self.sampling,
+        stream = microbatch if batch_size is None else distributed.rank() << 32 | microbatch
+        # A fixed number of each kind, where the number is fixed.
+        kinds = self.rates_by_kind(step) if self.sampling == "systematic" else [self.rates(step)]
+        return joined(
+            draw_plan(
+                rates,
+                batch_size,
+                seed=self.counters.seed,
+                step=step,
+                stream=kind << KIND_BIT | stream,
+                sampling=self.sampling,
+            )
+            for kind, rates in enumerate(kinds)
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

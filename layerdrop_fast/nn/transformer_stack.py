@@ -64,10 +64,11 @@ class TransformerStack(LayerDropStack):
     the same graph for all.
 
     Randomness: the plans are ``draw_plan(rates, ...)`` as in LayerDropStack, for target "branch" with each layer's rate
-    once a branch; behind these come the decisions of heads, then those of chunks, layer by layer. A dropout mask is a
-    function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0 behind the branch, 1 inside)`` for
-    branch b numbered through the stack, and an element's number in [B, S, D]; inside a branch that runs in chunks, in
-    [B, S, F'] with the kept channels F' alone.
+    once a branch; behind these come the decisions of heads, then those of chunks, layer by layer (with systematic
+    sampling in draws of their own, of streams ``1 << 60 | microbatch`` and, where both are dropped, ``2 << 60 | ...``).
+    A dropout mask is a function of (seed, step, rank << 32 | microbatch), the site, ``256 + 2 b + (0 behind the branch,
+    1 inside)`` for branch b numbered through the stack, and an element's number in [B, S, D]; inside a branch that runs
+    in chunks, in [B, S, F'] with the kept channels F' alone.
 
     Source: Fan, Grave, Joulin 2019, section 3.2; arXiv 2609.05275 (per sample).
     """
@@ -179,9 +180,9 @@ class TransformerStack(LayerDropStack):
     def units_per_layer(self) -> int:
         return self._branches if self.target == "branch" else 1
 
-    def rates(self, step: int) -> FloatArray:
+    def rates_by_kind(self, step: int) -> list[FloatArray]:
         """The drop rates of a plan's decisions: of layers or branches, of heads, of chunks, each layer by layer."""
-        return np.concatenate([super().rates(step), *self.parts.rates(self._each, step)])
+        return [*super().rates_by_kind(step), *self.parts.rates(self._each, step)]
 
     @property
     def _each(self) -> Iterable[TransformerLayer]:
@@ -355,7 +356,7 @@ class TransformerStack(LayerDropStack):
     def _kept(self, plan: DropPlan, batch: int) -> list[Kept]:
         kept = super()._kept(plan, batch)
         if self.parts:
-            return self._in_parts(plan, kept)
+            return self.in_parts(plan, kept)
         if self._compiled is None:
             return kept
         if plan.batch_size is None:
@@ -363,7 +364,7 @@ class TransformerStack(LayerDropStack):
             kept = [unit._replace(rows=everyone[: unit.num_rows]) for unit in kept]
         return with_unknown_sizes(kept)
 
-    def _in_parts(self, plan: DropPlan, kept: list[Kept]) -> list[Kept]:
+    def in_parts(self, plan: DropPlan, kept: list[Kept]) -> list[Kept]:
         """The units with the heads and chunks that are kept of them; those of which none is kept do not run."""
         if self.always_rows:
             raise ValueError("the layers are compiled, expected them eager where heads or chunks are dropped")

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerdrop_fast import DropSchedule, TransformerStack, decreasing, linear, set_step, uniform
+from layerdrop_fast import DropSchedule, TransformerStack, decreasing, draw_plan, linear, set_step, uniform
 from layerdrop_fast.memory import predicted_bytes, saved_bytes
+from layerdrop_fast.plan import SAMPLINGS
 from layerdrop_fast.prune import extract, skip_layers
 from layerdrop_fast.reference.transformer_stack import transformer_stack
 from tests.nn.transformer import BATCH, LENGTH, SOURCE, WIDTH, assert_same, key_of, results, stack, tensor
@@ -119,10 +120,24 @@ def test_a_target_alone_takes_the_schedule(target):
     assert len(model.plan().kept_counts) == 4 + 4 * per_layer
 
 
-def test_decisions_about_layers_are_those_without_parts():
-    alone, model = stack(schedule=0.5), parted({"layer": 0.5, "head": 0.5})
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_decisions_about_layers_are_those_without_parts(sampling):
+    alone, model = stack(schedule=0.5, sampling=sampling), parted({"layer": 0.5, "head": 0.5}, sampling=sampling)
     for n in range(20):
         assert model.plan(n).kept_counts[:4] == alone.plan(n).kept_counts
+
+
+def test_systematic_sampling_fixes_the_number_of_each_kind():
+    model = parted({"layer": 0.25, "head": 0.5, "ffn_chunk": 0.4}, sampling="systematic")
+    kept = np.array([model.plan(n).kept_counts for n in range(300)])
+    assert (kept[:, :4].sum(1) == 3).all()
+    assert (kept[:, 4:20].sum(1) == 8).all()
+    assert (kept[:, 20:].sum(1) == 12).all()
+    assert kept.mean(0) == pytest.approx(1 - model.rates(0), abs=0.15)  # 5 standard errors
+    drawn = draw_plan(np.full(16, 0.5), seed=model.counters.seed, step=7, stream=1 << 60, sampling="systematic")
+    assert model.plan(7).kept_counts[4:20] == drawn.kept_counts
+    # 4 heads of layer 0 and 4 chunks of layer 0 are decided apart: their places follow different words.
+    assert abs(np.corrcoef(kept[:, 4], kept[:, 20])[0, 1]) < 0.3
 
 
 def test_parts_are_kept_at_their_rates():
@@ -226,7 +241,7 @@ def test_compiled_layers_are_refused():
 
 @pytest.mark.parametrize("targets", [{"head": 0.5}, {"head": 0.5, "ffn_chunk": 0.5}], ids=["heads", "and chunks"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("bounded", "cross-attention")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "cross-attention"])
 def test_saved_bytes_are_those_predicted(kind, autocast, targets):
     keywords = {"nhead": 4, "ffn_chunks": 4, "schedule": targets}
     keywords |= {name: value for name, value in KINDS[kind].items() if name != "nhead"}
@@ -239,7 +254,22 @@ def test_saved_bytes_are_those_predicted(kind, autocast, targets):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
             assert saved_bytes(model, x) == pytest.approx(expected, rel=0.01)
         seen.add(expected)
-    assert len(seen) > 2
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("keywords", [{"norm_first": False}, {"max_kept": 1}, {"max_kept": 1, "norm_first": False}])
+@pytest.mark.parametrize(
+    "targets", [{"head": 0.7}, {"branch": 0.0, "head": 0.7}, {"head": 0.5, "ffn_chunk": 0.5}], ids=str
+)
+def test_saved_bytes_are_those_predicted_where_branches_keep_nothing(targets, keywords):
+    model = TransformerStack(4, 64, 2, 128, 0.1, schedule=targets, ffn_chunks=2, seed=1, **keywords)
+    x, nothing = torch.randn(4, 32, 64, requires_grad=True), 0
+    for _ in range(20):
+        plan = model.plan()
+        kept = model.parts.kept(model.layers, plan, 4 * model.units_per_layer, "none")
+        nothing += any(part is not None and not part.kept for part in kept)
+        assert saved_bytes(model, x) == pytest.approx(predicted_bytes(model, plan, x.shape), rel=0.03)
+    assert nothing > 3
 
 
 def test_statistics_weigh_what_each_branch_has():
