@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from layerdrop_fast import __version__
 from layerdrop_fast._checks import check_rate
 from layerdrop_fast.nn.stack import GRANULARITIES
 from layerdrop_fast.plan import SAMPLINGS
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="layerdrop-fast", description="LayerDrop: train a deep network once, use it at any depth."
     )
+    parser.add_argument("--version", action="version", version=f"layerdrop_fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
@@ -235,13 +237,16 @@ def _add_train(commands: Any) -> None:
     source = lm.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="a text (default: Python's standard library)")
     source.add_argument("--dataset", choices=tuple(WIKITEXT), help="fetched by datasets, read word by word")
-    lm.add_argument("--out", type=Path, default=Path("out/lm"), metavar="DIR", help="(default: %(default)s)")
+    lm.add_argument("--out", type=Path, default=Path("out/lm"), metavar="DIR", help="may be there (%(default)s)")
     lm.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
     lm.add_argument(
-        "--p", type=_rate, metavar="P", help="drop rate; the highest of a profile (0.2; 0 with --heads or --chunks)"
+        "--p",
+        type=_rate,
+        metavar="P",
+        help="drop rate of layers or branches, the highest of a profile (0.2; of layers 0 with --heads or --chunks)",
     )
-    lm.add_argument("--profile", choices=tuple(PROFILES), default="uniform", help="rates over depth (%(default)s)")
-    lm.add_argument("--fade", action="store_true", help="rates fall to 0 over the run")
+    lm.add_argument("--profile", choices=tuple(PROFILES), default="uniform", help="its rates over depth (%(default)s)")
+    lm.add_argument("--fade", action="store_true", help="all rates fall to 0 over the run")
     lm.add_argument("--granularity", choices=GRANULARITIES, default="batch", help="(default: %(default)s)")
     lm.add_argument("--target", choices=("layer", "branch"), default="layer", help="(default: %(default)s)")
     lm.add_argument("--heads", type=_rate, default=0.0, metavar="P", help="drop rate of attention heads")
@@ -267,6 +272,10 @@ def _train(options: argparse.Namespace) -> None:
     names = ("fade", "granularity", "target", "heads", "chunks", "sampling", "scale", "learned")
     otherwise = 0.0 if (options.heads or options.chunks) and options.target == "layer" else 0.2
     p = otherwise if options.p is None else options.p
+    if options.granularity == "sample" and (options.heads or options.chunks):
+        raise RecipeError("--heads and --chunks need --granularity batch: one smaller product is for the whole batch")
+    if options.learned and not p:
+        raise RecipeError("--learned needs a drop rate above 0: give --p, which is 0 with --heads or --chunks")
     recipe = Recipe(PROFILES[options.profile](p), **{name: getattr(options, name) for name in names})
     changes = {name: getattr(options, name) for name in ("steps", "batch", "accumulation", "seed", "dtype")}
     lm.run(
@@ -335,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nStopped{saved}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        saved = f" {same} goes on from the last checkpoint." if resumes else ""
+        saved = f" {same} goes on from the last checkpoint, if there is one." if resumes else ""
         print(f"\nStopped at once.{saved}", file=sys.stderr)
         return 130
     return 0

@@ -221,12 +221,14 @@ class DropSchedule:
         return self.depth_rates * self.time(check_count(step, "step", 0))
 
     @classmethod
-    def of(cls, schedule: float | Sequence[float] | DropSchedule, num_layers: int) -> DropSchedule:
-        """What ``schedule=`` accepts everywhere: one rate, one rate a layer, or a DropSchedule of that many layers."""
+    def of(cls, schedule: float | Sequence[float] | Depth | DropSchedule, num_layers: int) -> DropSchedule:
+        """What ``schedule=`` accepts everywhere: one rate, one a layer, a profile, or a DropSchedule of that depth."""
         if isinstance(schedule, DropSchedule):
             if schedule.num_layers != num_layers:
                 raise ValueError(f"schedule is for {schedule.num_layers} layers, expected {num_layers}")
             return schedule
+        if isinstance(schedule, Depth):
+            return cls(num_layers, schedule)
         if np.ndim(schedule) == 0:
             return cls(num_layers, uniform(check_rate(schedule, "drop rate")))  # type: ignore[arg-type]
         return cls(num_layers, per_layer(schedule))  # type: ignore[arg-type]

@@ -7,9 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from layerdrop_fast import (
     DropSchedule,
+    LayerDropStack,
+    TransformerStack,
     alternating,
     constant,
     decreasing,
@@ -131,3 +134,9 @@ def test_optimal_drop_rate():
     assert optimal_drop_rate(12, 6) == 0.5
     assert optimal_drop_rate(12, 3) == 0.75
     assert optimal_drop_rate(12, 12) == 0.0
+
+
+def test_a_profile_is_a_schedule_that_does_not_change():
+    assert DropSchedule.of(linear(0.4), 5) == DropSchedule(5, linear(0.4))
+    assert LayerDropStack([nn.Identity()] * 3, linear(0.4)).schedule == DropSchedule(3, linear(0.4))
+    assert TransformerStack(3, 8, 2, 8, schedule={"head": linear(0.4)}).parts.schedules["head"].depth == linear(0.4)

@@ -95,7 +95,15 @@ class LayerDropModuleList(nn.ModuleList):
 
 
 def every_layer(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """All layers of a list, a LayerDropModuleList's too, with none dropped and no number drawn."""
+    """All layers of a list, a LayerDropModuleList's too, with none dropped and no number drawn.
+
+    Raises:
+        TypeError: torch's encoder or decoder, which holds a list.
+    """
+    if isinstance(modules, nn.TransformerEncoder | nn.TransformerDecoder):
+        raise TypeError(
+            f"layers: got a {type(modules).__name__}, expected its list, .layers; its .norm comes after them"
+        )
     if isinstance(modules, nn.ModuleList):
         return [modules[index] for index in range(len(modules))]
     return list(modules)

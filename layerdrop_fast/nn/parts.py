@@ -13,11 +13,11 @@ import torch
 from layerdrop_fast._checks import check_choice, check_count
 from layerdrop_fast.ops.blocks import Blocks
 from layerdrop_fast.plan import DropPlan, to_device
-from layerdrop_fast.schedule import DropSchedule, FloatArray, per_layer
+from layerdrop_fast.schedule import Depth, DropSchedule, FloatArray, per_layer
 
 PARTS = ("head", "ffn_chunk")
 TARGETS = ("layer", "branch", *PARTS)
-Rates: TypeAlias = "float | Sequence[float] | DropSchedule"
+Rates: TypeAlias = "float | Sequence[float] | Depth | DropSchedule"
 
 
 def targets_of(schedule: Rates | Mapping[str, Rates], target: str) -> tuple[str, dict[str, Rates]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerdrop_fast._checks import check_integer
+from layerdrop_fast.nn.torch_layers import TORCH_LAYERS
 from layerdrop_fast.ops._function import Function
 
 # Argument number (after x) or keyword -> the dimension that counts samples, None where there is none.
@@ -24,6 +25,16 @@ def check_batch_dims(batch_dims: BatchDims | None) -> dict[int | str, int | None
         if dim is not None:
             check_integer(dim, f"batch_dims[{name!r}]")
     return dict(batch_dims or {})
+
+
+def check_batch_first(layers: Iterable[nn.Module]) -> None:
+    """Refuses torch's layers that take [S, B, D], of which positions would be dropped and not samples."""
+    for index, layer in enumerate(layers):
+        if isinstance(layer, TORCH_LAYERS) and not layer.self_attn.batch_first:
+            raise ValueError(
+                f"layer {index}, a {type(layer).__name__}, takes [S, B, D] (batch_first=False): expected [B, S, D] at "
+                'granularity "sample", batch_first=True'
+            )
 
 
 class Samples:

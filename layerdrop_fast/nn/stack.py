@@ -16,12 +16,12 @@ from layerdrop_fast.nn import distributed
 from layerdrop_fast.nn.counters import StepCounters
 from layerdrop_fast.nn.drop_path import refuse_rates, take_rates
 from layerdrop_fast.nn.layer_drop_list import every_layer
-from layerdrop_fast.nn.samples import BatchDims, PutBack, Samples, check_batch_dims
+from layerdrop_fast.nn.samples import BatchDims, PutBack, Samples, check_batch_dims, check_batch_first
 from layerdrop_fast.nn.statistics import StackStats, Statistics
 from layerdrop_fast.nn.turn import Kept, Turn, pieces
 from layerdrop_fast.ops._checks import FLOATING
 from layerdrop_fast.plan import KIND_BIT, SAMPLINGS, DropPlan, draw_plan, joined
-from layerdrop_fast.schedule import DropSchedule, FloatArray
+from layerdrop_fast.schedule import Depth, DropSchedule, FloatArray
 
 GRANULARITIES = ("batch", "sample")
 SCALES = ("none", "inverse", "realized", "eval")
@@ -49,11 +49,11 @@ class LayerDropStack(nn.Module):
     Args:
         layers: modules called as ``layer(x, *args, **kwargs)`` that return x's successor or a tuple that starts with
             it. They stand in ``.layers``.
-        schedule: one drop rate, one a layer, or a DropSchedule. ``"from_layers"`` takes the rates of the DropPath and
-            StochasticDepth modules inside each layer (also timm's and torchvision's), which must agree, and makes those
-            identities: they act behind their branch and can only mask what was computed. Where a layer has several,
-            one decision takes the place of theirs. DropPath and mode "row" need granularity ``"sample"``, mode "batch"
-            needs ``"batch"``.
+        schedule: one drop rate, one a layer, a profile over depth such as ``linear(0.4)``, or a DropSchedule, which has
+            a multiplier over time too. ``"from_layers"`` takes the rates of the DropPath and StochasticDepth modules
+            inside each layer (also timm's and torchvision's), which must agree, and makes those identities: they act
+            behind their branch and can only mask what was computed. Where a layer has several, one decision takes the
+            place of theirs. DropPath and mode "row" need granularity ``"sample"``, mode "batch" needs ``"batch"``.
         granularity: ``"batch"``, one decision a layer for the whole batch; ``"sample"``, one a layer and sample.
         sampling: ``"bernoulli"`` or ``"systematic"`` (see ``draw_plan``).
         scale: the residual scale, see above. None is "none"; with ``"from_layers"`` it is what the modules did, for
@@ -99,7 +99,7 @@ class LayerDropStack(nn.Module):
     def __init__(
         self,
         layers: Iterable[nn.Module],
-        schedule: float | Sequence[float] | DropSchedule | str = 0.2,
+        schedule: float | Sequence[float] | Depth | DropSchedule | str = 0.2,
         *,
         granularity: str = "batch",
         sampling: str = "bernoulli",
@@ -124,6 +124,8 @@ class LayerDropStack(nn.Module):
         self.hidden_states = hidden_states
         counters = StepCounters(seed, accumulation)
         self.layers = nn.ModuleList(every_layer(layers))
+        if granularity == "sample":
+            check_batch_first(self.layers)
         if isinstance(schedule, str):
             check_choice(schedule, "schedule", ("from_layers",))
             schedule, scale = take_rates(self.layers, self.granularity, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,18 +18,35 @@ BytesPerToken = Callable[[torch.dtype, torch.dtype | None], FloatArray | None]
 
 @dataclass(frozen=True)
 class StackStats:
-    """What a stack dropped so far, over all its training forwards since it was made or ``reset_stats`` was called."""
+    """What a stack dropped so far, over all its training forwards since it was made or ``reset_stats`` was called.
+
+    Attributes:
+        forwards: training forwards.
+        layers_run: layers that ran for at least one sample, summed over forwards.
+        layers_skipped: layers that ran for none.
+        realized_rates: float64 [L], the share of samples (of forwards, at "batch") that each layer dropped, the mean of
+            its branches; a branch with half of its heads or chunks counts as half. NaN before the first forward.
+        flops_run: of forward and backward products with the matrices among the layers' parameters, 6 * elements *
+            tokens, for x [B, ..., D] and matrices that meet each token once; products of activations with each other
+            are not counted.
+        flops_skipped: the same of what was dropped.
+        bytes_saved: activations that what was dropped would have held for backward; None where the layers are not
+            TransformerLayers.
+    """
 
     forwards: int
-    layers_run: int  # layers that ran for at least one sample
+    layers_run: int
     layers_skipped: int
-    # [L], the share of samples (of forwards, at "batch") that each layer dropped, the mean of its branches.
     realized_rates: FloatArray
-    # Forward and backward products with the matrices among the skipped layers' parameters, 6 * elements * tokens, for
-    # x [B, ..., D] and matrices that meet each token once; products of activations with each other not counted.
+    flops_run: float
     flops_skipped: float
-    # Activations that the skipped layers would have held for backward; None where the layers are not TransformerLayers.
     bytes_saved: float | None
+
+    @property
+    def share_run(self) -> float:
+        """The share of those products that ran, in [0, 1]; NaN before the first forward."""
+        total = self.flops_run + self.flops_skipped
+        return self.flops_run / total if total else math.nan
 
 
 class Statistics:
@@ -66,7 +84,8 @@ class Statistics:
             forwards=self.forwards,
             layers_run=run,
             layers_skipped=self.forwards * len(self.runs) - run,
-            realized_rates=1.0 - self.samples_run.mean(axis=1) / max(self.samples, 1),
+            realized_rates=1.0 - self.samples_run.mean(axis=1) / (self.samples or math.nan),
+            flops_run=6.0 * float((weights * self.tokens_run).sum()),
             flops_skipped=6.0 * float((weights * skipped).sum()),
             bytes_saved=None if held is None else float((held * skipped).sum()),
         )

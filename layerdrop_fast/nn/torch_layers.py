@@ -29,10 +29,10 @@ def from_torch(cls: type[TransformerLayer], layer: nn.Module) -> TransformerLaye
     rates = _only("dropout behind the branches", [_rate(layer, f"dropout{n}") for n in range(1, branches + 1)])
     attentions = [attention, layer.multihead_attn] if isinstance(layer, nn.TransformerDecoderLayer) else [attention]
     for part in attentions:
-        got = {"batch_first": part.batch_first, "add_zero_attn": part.add_zero_attn}
-        expected = {"batch_first": True, "add_zero_attn": False}
-        if got != expected:
-            raise ValueError(f"attention: got {got}, expected {expected}")
+        if not part.batch_first:
+            raise ValueError("attention takes [S, B, D] (batch_first=False), expected [B, S, D], batch_first=True")
+        if part.add_zero_attn:
+            raise ValueError("attention adds zeros to its keys (add_zero_attn=True), expected add_zero_attn=False")
     with torch.device("meta"):
         made = cls(
             attention.embed_dim,

@@ -46,6 +46,7 @@ class Configuration:
     about: str
     training: Training
     words: bool = False  # or bytes
+    for_gpus: bool = False
 
     def of(self, vocab_size: int) -> Training:
         """For a vocabulary of so many tokens; bands that it does not reach are left out."""
@@ -64,11 +65,12 @@ CONFIGURATIONS = {
         words=True,
     ),
     "wikitext-103-16": Configuration(
-        "the paper's 16 layers, 247 million parameters, for GPUs", _WIKITEXT_103, words=True
+        "the paper's 16 layers, 247 million parameters, for GPUs", _WIKITEXT_103, words=True, for_gpus=True
     ),
     "wikitext-103-40": Configuration(
-        "40 layers, 423 million parameters as the paper's has; its FFN width is not told, 2560 fits",
+        "40 layers, 423 million parameters as the paper's has (its FFN width is not told, 2560 fits), for GPUs",
         replace(_WIKITEXT_103, size=replace(_WIKITEXT_103.size, num_layers=40, dim_feedforward=2560)),
         words=True,
+        for_gpus=True,
     ),
 }

@@ -28,6 +28,7 @@ from layerdrop_fast.recipes.training import DENSE, Recipe, Training
 
 EVALUATION_WINDOWS = 512
 NAME = "model"
+NAMES = {"layer": "layers", "branch": "branches", "head": "heads", "ffn_chunk": "feed-forward chunks"}
 RESULTS = ("metrics.json", "depth.png", "training.png", "vocabulary.json")
 
 
@@ -57,6 +58,11 @@ def run(options: Options) -> None:
     if missing:
         raise RecipeError(f"train needs {', '.join(missing)}: pip install 'layerdrop_fast[recipes]'")
     device = device_of(options.device)
+    if CONFIGURATIONS[options.configuration].for_gpus and device.type == "cpu" and options.device is None:
+        raise RecipeError(
+            f"{options.configuration} is made for GPUs, and torch finds none here (on two CPU cores its first "
+            "microbatch took 20 GB and more than ten minutes): give --device cpu to train it all the same"
+        )
     corpus = corpus_of(options)
     training = training_of(options, corpus)
     with StopSignal() as stop, locked(options.out):
@@ -130,8 +136,7 @@ def training_of(options: Options, corpus: Corpus) -> Training:
         if options.equal_work:
             steps = options.recipe.steps_of_equal_work(training.size.num_layers, training.steps)
             training = replace(training, steps=steps)
-        with torch.device("meta"):
-            training.model()
+        _parameters(training)
         if training.recipe.learned:
             check_target_rate(training.mean_rate, "the mean drop rate (--p)")
     except ValueError as error:  # choices that do not go together
@@ -149,19 +154,35 @@ def introduction(options: Options, corpus: Corpus, training: Training, device: t
     """What is about to happen, in a few lines."""
     size = training.size
     recipe = training.recipe
-    drop = (
-        f"learned, mean {training.mean_rate:.3g}{', falling to 0' if recipe.fade else ''}"
-        if recipe.learned
-        else recipe.schedule(size.num_layers, training.steps)
-    )
+    rates = {NAMES[name]: str(schedule.depth) for name, schedule in recipe.schedule(size.num_layers, 1).items()}
+    if recipe.learned:
+        rates[NAMES[recipe.target]] = f"learned, mean {training.mean_rate:.3g}"
+    listed = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+    fade = ", falling to 0 over the run" if recipe.fade else ""
     tokens = training.batch * training.accumulation * size.context
     return (
         f"{options.configuration}: {CONFIGURATIONS[options.configuration].about}\n"
-        f"Text: {corpus.name}, {len(corpus.train):,} {corpus.unit}s to learn from, vocabulary {corpus.vocab_size:,}.\n"
-        f"{size.num_layers} layers, drop rates: {drop}, {recipe.granularity}, scale {recipe.scale}; "
+        f"Text: {corpus.name}, {len(corpus.train):,} {corpus.unit}s to learn from{_unknown(corpus)}, "
+        f"vocabulary {corpus.vocab_size:,}.\n"
+        f"{size.num_layers} layers, {_parameters(training):,} parameters; "
         f"{training.steps:,} steps of {tokens:,} tokens.\n"
+        f"Drop rates: {listed}{fade}; by {recipe.granularity}, {recipe.sampling}, scale {recipe.scale}.\n"
         f"On {machine(device)}, threads: {torch.get_num_threads()}."
     )
+
+
+def _parameters(training: Training) -> int:
+    """How many weights the model has, none of which is made."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in training.model().parameters())
+
+
+def _unknown(corpus: Corpus) -> str:
+    """How many words stand for rare ones."""
+    if corpus.words is None:
+        return ""
+    share = float(np.mean(corpus.train == corpus.words.index(words.UNKNOWN)))
+    return f", {share:.1%} of them {words.UNKNOWN}" if share else ""
 
 
 def table(metrics: dict[str, Any]) -> str:

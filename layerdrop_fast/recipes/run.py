@@ -44,6 +44,7 @@ def trained_in(
         model = training.model().to(device)
         load_weights(finished, model, tensors)
         remove(unfinished)
+        print(f"{finished} is trained already.", flush=True)
         return model, record["result"]
     with stage(f"train {title}", training.steps) as show:
         trained = train(
@@ -52,6 +53,7 @@ def trained_in(
             device=device,
             checkpoint=unfinished,
             environment=environment,
+            on_resume=lambda step: print(f"Going on after step {step:,} of {training.steps:,}.", flush=True),
             on_step=lambda progress: show(progress.step, _note(progress)),
             should_stop=should_stop,
         )
@@ -63,6 +65,7 @@ def trained_in(
         "steps": training.steps,
         "layers_run": trained.layers_run,
         "share_of_layers_run": trained.layers_run / (training.steps * training.size.num_layers),
+        "share_of_flops_run": trained.share_run,
         "training_curve": trained.curve,
         "seconds": trained.seconds,
     }

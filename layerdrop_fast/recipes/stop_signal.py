@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -9,7 +10,7 @@ from typing import Any
 
 
 class StopSignal:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that the run asks for; a second one stops at once.
+    """Turns the first Ctrl-C (or SIGTERM) into a request that the run asks for, and says so; a second stops at once.
 
     with StopSignal() as stopped:
         while not stopped():
@@ -38,3 +39,4 @@ class StopSignal:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
+        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print's buffer may be in use

@@ -26,8 +26,9 @@ from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.text import Tokens, batch_of_step
 from layerdrop_fast.schedule import Depth, DropSchedule, constant, decreasing, uniform
 
-CHECKPOINT_SECONDS = 20.0
-CURVE_POINTS = 100  # of the training curve that is kept
+CHECKPOINT_SECONDS = 20.0  # from one to the next, at least
+TRAINING_PER_SAVING = 50  # seconds of training for each second that the last checkpoint took
+CURVE_POINTS = 100  # of the training curve that is kept, at most
 
 
 class Stopped(Exception):
@@ -48,11 +49,13 @@ class Recipe:
     chunks: float = 0.0  # of chunks of the feed-forward network
     learned: bool = False  # the rates are learned, with the mean of ``depth`` (``prune.DataDriven``)
 
-    def schedule(self, num_layers: int, steps: int) -> DropSchedule | dict[str, float | DropSchedule]:
-        """As TransformerStack takes it."""
-        schedule = DropSchedule(num_layers, self.depth, decreasing(steps) if self.fade else constant())
-        parts = {name: rate for name, rate in (("head", self.heads), ("ffn_chunk", self.chunks)) if rate}
-        return {self.target: schedule, **parts} if parts else schedule
+    def schedule(self, num_layers: int, steps: int) -> dict[str, DropSchedule]:
+        """As TransformerStack takes it, by target."""
+        time = decreasing(steps) if self.fade else constant()
+        parts = {name: uniform(rate) for name, rate in (("head", self.heads), ("ffn_chunk", self.chunks)) if rate}
+        return {
+            name: DropSchedule(num_layers, depth, time) for name, depth in {self.target: self.depth, **parts}.items()
+        }
 
     def density(self, num_layers: int) -> float:
         """The expected share of the layers that run, over a whole run; heads and chunks left out."""
@@ -63,8 +66,13 @@ class Recipe:
         """The steps in which as many layers are expected to run as in ``dense_steps`` steps without dropping.
 
         Raises:
-            ValueError: no layer ever runs.
+            ValueError: no layer ever runs; layers run without some of their heads or chunks.
         """
+        if self.heads or self.chunks:
+            raise ValueError(
+                f"heads are dropped at rate {self.heads}, chunks at {self.chunks}: expected neither, since equal work "
+                "is counted in layers"
+            )
         if not self.density(num_layers):
             raise ValueError(f"{self.depth} runs no layer, expected some to run where work is to be equal")
         return round(dense_steps / self.density(num_layers))
@@ -174,6 +182,7 @@ class Trained:
 
     model: TransformerLM
     layers_run: float  # over all steps, each the mean of its microbatches and samples
+    share_run: float  # of the products with the layers' matrices
     curve: list[tuple[int, float, float]]  # (last step, mean training bits/token, mean kept layers) of equal spans
     seconds: float  # training, pauses left out
     learned: DataDriven | None = None
@@ -190,6 +199,7 @@ class _State:
         self.step, self.seconds = 0, 0.0
         self.bits = torch.zeros(training.steps, dtype=torch.float64)
         self.kept = torch.zeros(training.steps, dtype=torch.float64)
+        self.run = torch.zeros(training.steps, dtype=torch.float64)  # share of the layers' products
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -197,7 +207,7 @@ class _State:
             tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items() if tensor is not None}
-        tensors |= {"bits": self.bits, "kept": self.kept}
+        tensors |= {"bits": self.bits, "kept": self.kept, "run": self.run}
         save_checkpoint(path, tensors, {"settings": settings, "step": self.step, "seconds": self.seconds})
 
     def restore(self, path: Path, settings: dict[str, Any]) -> None:
@@ -207,7 +217,7 @@ class _State:
         for name in [name for name in tensors if name.startswith("optimizer.")]:
             _, index, kind = name.split(".")
             moments.setdefault(int(index), {})[kind] = tensors.pop(name)
-        self.bits, self.kept = tensors.pop("bits"), tensors.pop("kept")
+        self.bits, self.kept, self.run = (tensors.pop(name) for name in ("bits", "kept", "run"))
         for kind, module in (("model.", self.model), ("learned.", self.learned)):
             if module is not None:
                 found = {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
@@ -225,14 +235,16 @@ class _State:
         if training.size.dropout or training.size.attention_dropout:
             torch.manual_seed((training.seed << 32 | step) % (1 << 63))
         self.optimizer.zero_grad()
-        total = kept = 0.0
+        self.model.stack.reset_stats()
+        total, kept = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         for tokens in torch.from_numpy(window).to(self.device).chunk(training.accumulation):
             kept += self._kept_next(len(tokens))
             total += self._microbatch(tokens)
         nn.utils.clip_grad_norm_(self.model.parameters(), training.clip)
         self.optimizer.step()
-        self.bits[step] = total / training.accumulation / math.log(2)
+        self.bits[step] = total.item() / training.accumulation / math.log(2)
         self.kept[step] = kept / training.accumulation
+        self.run[step] = self.model.stack.stats().share_run
         self.step += 1
 
     def _kept_next(self, samples: int) -> float:
@@ -242,7 +254,7 @@ class _State:
         kept = plan.keep[: len(stack.layers) * stack.units_per_layer]
         return float(kept.double().mean(1).sum()) / stack.units_per_layer
 
-    def _microbatch(self, tokens: Tensor) -> float:
+    def _microbatch(self, tokens: Tensor) -> Tensor:
         """Adds its gradients; returns its loss in nats."""
         training = self.training
         autocast = training.dtype != "float32"
@@ -253,12 +265,15 @@ class _State:
         (loss / training.accumulation).backward()
         if self.learned is not None:
             self.learned.backward(losses)
-        return loss.item()
+        return loss.detach()
 
     def finished(self) -> Trained:
-        spans = np.array_split(np.arange(self.training.steps), min(CURVE_POINTS, self.training.steps))
-        curve = [(int(span[-1]) + 1, float(self.bits[span].mean()), float(self.kept[span].mean())) for span in spans]
-        return Trained(self.model, float(self.kept.sum()), curve, self.seconds, self.learned)
+        steps = self.training.steps
+        length = -(-steps // CURVE_POINTS)  # of each span but the last
+        spans = [slice(first, min(first + length, steps)) for first in range(0, steps, length)]
+        curve = [(span.stop, float(self.bits[span].mean()), float(self.kept[span].mean())) for span in spans]
+        run = float(self.run.mean())
+        return Trained(self.model, float(self.kept.sum()), run, curve, self.seconds, self.learned)
 
 
 def _optimizer(model: nn.Module, learned: nn.Module | None, training: Training) -> torch.optim.Optimizer:
@@ -279,13 +294,14 @@ def train(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     environment: dict[str, Any] | None = None,
+    on_resume: Callable[[int], None] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Trains from the start, or from ``checkpoint`` where that file exists.
 
-    Every 20 seconds, at the end and on a stop the whole state goes to ``checkpoint``, in one move, so that the process
-    may be killed at any moment.
+    Every 20 seconds (of a large model less often, so that it takes at most a fiftieth of the time), at the end and on a
+    stop the whole state goes to ``checkpoint``, in one move, so that the process may be killed at any moment.
 
     Args:
         training: what to train.
@@ -293,6 +309,7 @@ def train(
         device: where to train.
         checkpoint: the file to go on from and to save to; None saves nothing.
         environment: further JSON values that the result depends on; a checkpoint made with others is refused.
+        on_resume: called with the number of steps that a checkpoint has, before the next one.
         on_step: called after each step.
         should_stop: asked after each step.
 
@@ -306,8 +323,11 @@ def train(
     state.model.train()
     if checkpoint is not None and checkpoint.exists():
         state.restore(checkpoint, settings)
+        if on_resume is not None:
+            on_resume(state.step)
 
-    begun_at, begun, saved, earlier = state.step, time.monotonic(), time.monotonic(), state.seconds
+    begun_at, begun, earlier = state.step, time.monotonic(), state.seconds
+    due = begun + CHECKPOINT_SECONDS
     while state.step < training.steps:
         state.train_step(text)
         now = time.monotonic()
@@ -315,9 +335,10 @@ def train(
         if not math.isfinite(state.bits[state.step - 1]):
             raise RecipeError(f"the loss of step {state.step - 1} is not finite: choose another --seed or fewer layers")
         stop = should_stop()
-        if checkpoint is not None and (stop or now - saved > CHECKPOINT_SECONDS or state.step == training.steps):
+        if checkpoint is not None and (stop or now > due or state.step == training.steps):
             state.save(checkpoint, settings)
             saved = time.monotonic()
+            due = saved + max(CHECKPOINT_SECONDS, TRAINING_PER_SAVING * (saved - now))
         if on_step is not None:
             tokens = training.batch * training.accumulation * training.size.context
             rate = (state.step - begun_at) * tokens / (now - begun)

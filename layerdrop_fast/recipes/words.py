@@ -27,7 +27,7 @@ def from_text(path: Path, *, min_count: int = 3) -> Corpus:
     """
     if path.is_dir():
         train, validation = (_lines(path / f"wiki.{part}.tokens") for part in ("train", "valid"))
-        return corpus(path.name, train, validation, min_count=1)
+        return corpus(path.name, train, validation, min_count=1, blank_lines=True)
     lines = _lines(path)
     cut = len(lines) * 9 // 10
     if cut == 0:
@@ -51,16 +51,21 @@ def wikitext(name: str) -> Corpus:
         parts = datasets.load_dataset("Salesforce/wikitext", WIKITEXT[name])
     except (OSError, ValueError) as error:  # its errors of network and cache
         raise RecipeError(f"datasets cannot load {name}: {error}; give files of yours with --text") from error
-    return corpus(name, parts["train"]["text"], parts["validation"]["text"], min_count=1)
+    return corpus(name, parts["train"]["text"], parts["validation"]["text"], min_count=1, blank_lines=True)
 
 
-def corpus(name: str, train: Iterable[str], validation: Iterable[str], *, min_count: int) -> Corpus:
-    """Both parts in the words of the first, blank lines left out.
+def corpus(
+    name: str, train: Iterable[str], validation: Iterable[str], *, min_count: int, blank_lines: bool = False
+) -> Corpus:
+    """Both parts in the words of the first.
+
+    Args:
+        blank_lines: whether they count as lines with an end, as published perplexities of WikiText have it.
 
     Raises:
         RecipeError: a part without words.
     """
-    train, validation = list(train), list(validation)
+    train, validation = ([line for line in lines if blank_lines or line.strip()] for lines in (train, validation))
     counts = Counter(_words(train))
     rare = sum(count for word, count in counts.items() if count < min_count)
     counts = Counter({word: count for word, count in counts.items() if count >= min_count})
@@ -77,9 +82,8 @@ def corpus(name: str, train: Iterable[str], validation: Iterable[str], *, min_co
 
 def _words(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
-        if words := line.split():
-            yield from words
-            yield END_OF_LINE
+        yield from line.split()
+        yield END_OF_LINE
 
 
 def _encoded(lines: Iterable[str], numbers: dict[str, int]) -> Tokens:
@@ -89,6 +93,7 @@ def _encoded(lines: Iterable[str], numbers: dict[str, int]) -> Tokens:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return read_bytes(path).decode().split("\n")  # as datasets does; not at other characters that may end a line
+        lines = read_bytes(path).decode().split("\n")  # as datasets does; not at other characters that may end a line
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is no UTF-8 text: {error}") from None
+    return lines if lines[-1] else lines[:-1]  # what stands after the last line's end is none

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerdrop_fast import LayerDropStack
+from layerdrop_fast import LayerDropStack, TransformerStack
 from layerdrop_fast.prune import extract
 from tests.nn.residual import Block, stack
 
@@ -219,3 +219,21 @@ def test_a_layer_that_fails_changes_nothing(granularity):
 def test_errors_name_both_sides(keywords, error, message):
     with pytest.raises(error, match=message):
         stack(kind=Block, **keywords)
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_positions_are_not_dropped_for_samples(kind):
+    """torch's layers take [S, B, D] unless told otherwise."""
+    layers = [kind(8, 2, 16, batch_first=True), kind(8, 2, 16)]
+    with pytest.raises(ValueError, match=r"layer 1, a Transformer\w+, takes \[S, B, D\] .*expected \[B, S, D\]"):
+        LayerDropStack(layers, granularity="sample")
+    LayerDropStack(layers[:1], granularity="sample")
+    LayerDropStack(layers)  # whole batches
+
+
+@pytest.mark.parametrize("make", [LayerDropStack, TransformerStack.from_layers])
+def test_an_encoder_is_no_list_of_layers(make):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    with pytest.raises(TypeError, match=r"layers: got a TransformerEncoder, expected its list, \.layers"):
+        make(encoder)
+    make(encoder.layers)

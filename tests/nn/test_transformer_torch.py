@@ -147,8 +147,8 @@ def changed(**settings):
     ("layer", "message"),
     [
         (torch_layer(activation=F.elu), "activation: got <function elu.*expected gelu, relu or silu"),
-        (torch_layer(batch_first=False), "got {'batch_first': False, .*expected {'batch_first': True"),
-        (changed(self_attn__add_zero_attn=True), "got {.*'add_zero_attn': True}, expected {.*'add_zero_attn': False"),
+        (torch_layer(batch_first=False), r"takes \[S, B, D\] \(batch_first=False\), expected .*batch_first=True"),
+        (changed(self_attn__add_zero_attn=True), r"\(add_zero_attn=True\), expected add_zero_attn=False"),
         (changed(norm2=nn.RMSNorm(WIDTH)), r"got the norms \['LayerNorm', 'RMSNorm'\], expected LayerNorm alone"),
         (changed(dropout2__p=0.5), r"dropout behind the branches: got the rates \[0.1, 0.5\], expected one"),
         (changed(dropout1=nn.Identity()), "dropout1: got a Identity, expected an nn.Dropout"),

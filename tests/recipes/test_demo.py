@@ -134,7 +134,7 @@ KILLED = """
 import sys
 from layerdrop_fast.recipes import demo, training
 from layerdrop_fast.cli import main
-training.CHECKPOINT_SECONDS = 0.0
+training.CHECKPOINT_SECONDS = training.TRAINING_PER_SAVING = 0.0
 demo.EVALUATION_WINDOWS = 8
 sys.exit(main(sys.argv[1:]))
 """

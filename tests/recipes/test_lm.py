@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from layerdrop_fast.recipes.evaluation import bits_per_token
 from layerdrop_fast.recipes.files import RecipeError
 from layerdrop_fast.recipes.text import Corpus, from_file, validation_windows
 from layerdrop_fast.recipes.trained_lm import load_lm
-from layerdrop_fast.recipes.training import DENSE, ModelSize, Training
+from layerdrop_fast.recipes.training import DENSE, ModelSize, Recipe, Training
+from layerdrop_fast.schedule import uniform
 
 SENTENCE = "the quick brown fox jumps over the lazy dog and a cat looks on .\n"
 
@@ -68,9 +70,11 @@ def test_it_trains_and_measures_every_depth(text, capsys, arguments, drops):
     assert list(metrics["bits_per_token"]) == [str(depth) for depth in range(16, 0, -1)]
     assert metrics["training"]["steps"] == 12
     assert metrics["text"]["scored_tokens"] == 4 * metrics["settings"]["context"]
-    share = {"0.3": 0.7, "0.5": 0.5}.get(arguments[-1] if arguments[0] == "--p" else "")
+    share = {"0.3": 0.7, "0.5": 0.5, "0.6": 0.85}.get(
+        arguments[arguments.index("--p") + 1] if "--p" in arguments else ""
+    )
     assert share is None or abs(metrics["training"]["share_of_layers_run"] - share) < 0.15
-    assert 0 < metrics["training"]["share_of_layers_run"] <= 1
+    assert 0 < metrics["training"]["share_of_flops_run"] <= metrics["training"]["share_of_layers_run"] <= 1
     assert f"{2 ** metrics['bits_per_token']['16']:10,.2f}" in lm.table(metrics)
     assert len(metrics["training"].get("learned_rates", [])) == (16 if "--learned" in arguments else 0)
     words = {"vocabulary.json"} if "words-16" in arguments else set()
@@ -215,7 +219,9 @@ def test_a_stopped_run_goes_on(text, monkeypatch, capsys):
     steps.clear()
     assert train(text, "--steps", "10", "--batch", "2", "--restart") == 130
     assert "The same command without --restart goes on from here" in capsys.readouterr().err
+    capsys.readouterr()
     assert train(text, "--steps", "10", "--batch", "2") == 0
+    assert "Going on after step 4 of 10." in capsys.readouterr().out
     assert len(steps) == 10
     found, expected = (
         json.loads((text.parent / out / "metrics.json").read_text())["bits_per_token"] for out in ("out", "unbroken")
@@ -223,12 +229,13 @@ def test_a_stopped_run_goes_on(text, monkeypatch, capsys):
     assert found == expected
 
 
-def test_a_finished_run_is_kept(text):
+def test_a_finished_run_is_kept(text, capsys):
     out, arguments = text.parent / "out", ("--steps", "8", "--batch", "2")
     assert train(text, *arguments) == 0
     before = json.loads((out / "metrics.json").read_text())
     (out / "model.training.safetensors").write_bytes(b"of a run that was killed between its last two moves")
     assert train(text, *arguments) == 0
+    assert "model.safetensors is trained already." in capsys.readouterr().out
     after = json.loads((out / "metrics.json").read_text())
     assert (after["training"], after["bits_per_token"]) == (before["training"], before["bits_per_token"])
     assert not (out / "model.training.safetensors").exists()
@@ -309,8 +316,13 @@ def test_both_parts_have_a_window(train_bytes, validation_bytes, short):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--heads", "0.2", "--granularity", "sample"], "granularity 'sample', expected \"batch\""),
-        (["--config", "wikitext-103-16"], "the training part has .* words, expected more than the 3,072 of a window"),
+        (["--heads", "0.2", "--granularity", "sample"], "--heads and --chunks need --granularity batch"),
+        (["--learned", "--chunks", "0.2"], "--learned needs a drop rate above 0: give --p"),
+        (["--heads", "0.2", "--equal-work"], r"heads are dropped at rate 0\.2, chunks at 0\.0: expected neither"),
+        (
+            ["--device", "cpu", "--config", "wikitext-103-16"],
+            "the training part has .* words, expected more than the 3,072 of a window",
+        ),
         (["--learned", "--p", "0.97"], r"the mean drop rate \(--p\) is 0.97, expected a number in \(0, 0.95\)"),
         (["--p", "1", "--equal-work"], r"uniform\(p=1.0\) runs no layer, expected some to run"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
@@ -323,6 +335,14 @@ def test_choices_that_do_not_fit_are_named(text, capsys, arguments, message):
     assert train(text, *arguments, "--restart") == 2
     assert (text.parent / "out" / "model.safetensors").read_bytes() == b"kept"
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_model_for_gpus_is_not_begun_without_one(text, capsys):
+    out = text.parent / "out"
+    assert cli.main(["train", "lm", "--text", str(text), "--out", str(out), "--config", "wikitext-103-40"]) == 2
+    assert "wikitext-103-40 is made for GPUs, and torch finds none here" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_dataset_takes_no_text(text):
@@ -343,3 +363,22 @@ def test_words_need_a_text(tmp_path, capsys):
     assert "words-16 reads words: give a text with --text FILE, or --dataset" in capsys.readouterr().err
     assert cli.main(["train", "lm", "--dataset", "wikitext-2", "--out", str(tmp_path / "out")]) == 2
     assert "--dataset is read word by word" in capsys.readouterr().err
+
+
+def test_the_introduction_tells_every_rate(tmp_path):
+    path = tmp_path / "novel.txt"
+    path.write_text("often often rare\n" * 3 + "often often seldom\n" * 197)
+    recipe = Recipe(uniform(0.2), fade=True, heads=0.3, chunks=0.1, scale="inverse")
+    for learned, layers in ((False, "uniform(p=0.2)"), (True, "learned, mean 0.2")):
+        options = lm.Options("words-16", replace(recipe, learned=learned), path, changes={"steps": 7})
+        corpus = lm.corpus_of(options)
+        training = lm.training_of(options, corpus)
+        told = lm.introduction(options, corpus, training, torch.device("cpu"))
+        parameters = sum(weight.numel() for weight in training.model().parameters())
+        assert "novel.txt, 720 words to learn from, vocabulary 5.\n" in told
+        assert f"16 layers, {parameters:,} parameters; 7 steps of 576 tokens.\n" in told
+        expected = f"Drop rates: layers {layers}, heads uniform(p=0.3), feed-forward chunks uniform(p=0.1)"
+        assert f"{expected}, falling to 0 over the run; by batch, bernoulli, scale inverse.\n" in told
+    few = words.from_text(path, min_count=4)
+    told = lm.introduction(options, few, training, torch.device("cpu"))
+    assert "720 words to learn from, 0.4% of them <unk>, vocabulary 4.\n" in told

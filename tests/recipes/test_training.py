@@ -52,6 +52,7 @@ class StopAfter:
 @pytest.fixture
 def every_step_saved(monkeypatch):
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(module, "TRAINING_PER_SAVING", -1.0)
 
 
 @pytest.mark.parametrize("recipe", [DENSE, DROPPING, Recipe(uniform(0.4), fade=True, sampling="systematic")])
@@ -156,12 +157,45 @@ def test_bfloat16_is_used_and_near():
 
 def test_a_recipe_names_what_it_drops():
     recipe = Recipe(uniform(0.2), target="branch", heads=0.3, chunks=0.4)
-    assert {name: getattr(rate, "depth", rate) for name, rate in recipe.schedule(4, 10).items()} == {
+    assert {name: schedule.depth for name, schedule in recipe.schedule(4, 10).items()} == {
         "branch": uniform(0.2),
-        "head": 0.3,
-        "ffn_chunk": 0.4,
+        "head": uniform(0.3),
+        "ffn_chunk": uniform(0.4),
     }
-    assert Recipe(linear(0.6)).schedule(4, 10).depth == linear(0.6)
+    assert Recipe(linear(0.6)).schedule(4, 10)["layer"].depth == linear(0.6)
+
+
+def test_everything_that_is_dropped_fades():
+    for schedule in Recipe(uniform(0.2), fade=True, heads=0.3, chunks=0.4).schedule(4, 10).values():
+        assert schedule(0).min() > 0
+        assert not schedule(9).any()
+
+
+def test_the_share_of_products_that_ran_follows_heads_and_chunks():
+    """Of a layer with d = 16 and FFN 32: 4 d^2 in attention, half of it left; 4 d^2 in the FFN, a quarter left."""
+    trained = train(short(Recipe(uniform(0.0), heads=0.5, chunks=0.75), steps=60), TEXT)
+    assert trained.layers_run == 60 * 4
+    assert trained.share_run == pytest.approx(0.5 * 0.5 + 0.5 * 0.25, abs=0.03)
+    assert train(short(DENSE), TEXT).share_run == 1.0
+
+
+def test_large_states_are_saved_less_often(tmp_path, monkeypatch):
+    clock = [0.0]
+    saved = []
+
+    def save(state, path, settings):
+        saved.append(state.step)
+        clock[0] += 3.0
+
+    def step(state, text):
+        state.step += 1
+        clock[0] += 1.0
+
+    monkeypatch.setattr(module._State, "save", save)
+    monkeypatch.setattr(module._State, "train_step", step)
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    train(short(steps=400), TEXT, checkpoint=tmp_path / "x.safetensors")
+    assert saved == [21, 172, 323, 400]  # 150 seconds of training for 3 of saving
 
 
 def test_a_run_killed_in_a_step_goes_on_from_the_last_whole_one(tmp_path, monkeypatch, every_step_saved):
@@ -238,23 +272,25 @@ def test_the_model_learns_and_loses_less_by_a_cut_when_layers_were_dropped():
     assert list(after) == [4, 3, 2, 1]
     assert len(trained.model.stack.layers) == 4
     assert trained.curve[0][1] > 2 * trained.curve[-1][1]
-    assert (len(trained.curve), trained.curve[0][0], trained.curve[-1][0]) == (100, 2, 150)
+    assert [step for step, _, _ in trained.curve] == list(range(2, 151, 2)), "spans of one length"
 
 
 def test_equal_work_means_as_many_layers_run():
     for recipe in (DROPPING, Recipe(uniform(0.2)), Recipe(uniform(0.5), fade=True)):
         steps = recipe.steps_of_equal_work(16, 1000)
         schedule = recipe.schedule(16, steps)
-        expected = sum(16 - schedule(step).sum() for step in range(steps))
+        expected = sum(16 - schedule["layer"](step).sum() for step in range(steps))
         assert expected == pytest.approx(16_000, rel=2e-3)
     assert DENSE.steps_of_equal_work(16, 1000) == 1000
+    with pytest.raises(ValueError, match=r"heads are dropped at rate 0\.2, chunks at 0\.0: expected neither"):
+        Recipe(uniform(0.2), heads=0.2).steps_of_equal_work(16, 1000)
 
 
 def test_layers_run_are_those_of_the_plans():
     trained = train(short(steps=20), TEXT)
     model = short(steps=20).model()
     assert trained.layers_run == sum(len(model.stack.plan(step).layers) for step in range(20))
-    assert trained.model.stack.stats().layers_run == trained.layers_run
+    assert trained.model.stack.stats().layers_run == len(model.stack.plan(19).layers), "of the last step"
     assert trained.layers_run < 80
 
 

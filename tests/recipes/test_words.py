@@ -25,6 +25,22 @@ def test_words_are_numbered_by_falling_frequency():
     assert corpus.train.dtype == np.int32
 
 
+def test_blank_lines_have_an_end_where_they_count():
+    corpus = words.corpus("text", TRAIN, VALIDATION, min_count=1, blank_lines=True)
+    end = corpus.words.index("<eos>")
+    assert [(part == end).sum() for part in (corpus.train, corpus.validation)] == [3, 2]
+    assert corpus.train[6] == end, "the blank line's, behind that of the first"
+
+
+def test_the_end_of_the_last_line_begins_no_other(tmp_path):
+    corpora = []
+    for end in ("", "\n"):
+        for part, lines in (("train", TRAIN), ("valid", VALIDATION)):
+            (tmp_path / f"wiki.{part}.tokens").write_text("\n".join(lines) + end)
+        corpora.append(words.from_text(tmp_path).sha256)
+    assert corpora[0] == corpora[1]
+
+
 def test_rare_words_are_unknown():
     corpus = words.corpus("text", TRAIN, VALIDATION, min_count=2)
     # a, bird, cat are three unknown ones, as many as "the".
@@ -56,7 +72,8 @@ def test_a_folder_of_wikitext(tmp_path):
     (tmp_path / "wiki.train.tokens").write_text("\n".join(TRAIN))
     (tmp_path / "wiki.valid.tokens").write_text("\n".join(VALIDATION))
     corpus = words.from_text(tmp_path)
-    assert corpus.sha256 == words.corpus("x", TRAIN, VALIDATION, min_count=1).sha256
+    assert corpus.sha256 == words.corpus("x", TRAIN, VALIDATION, min_count=1, blank_lines=True).sha256
+    assert (corpus.train == corpus.words.index("<eos>")).sum() == len(TRAIN)
 
 
 def test_wikitext_by_datasets(monkeypatch):
@@ -66,9 +83,8 @@ def test_wikitext_by_datasets(monkeypatch):
         asked.append(names) or {"train": {"text": TRAIN}, "validation": {"text": VALIDATION}}
     )
     monkeypatch.setitem(sys.modules, "datasets", module)
-    assert (
-        words.wikitext("wikitext-103").train.tolist() == words.corpus("", TRAIN, VALIDATION, min_count=1).train.tolist()
-    )
+    expected = words.corpus("", TRAIN, VALIDATION, min_count=1, blank_lines=True)
+    assert words.wikitext("wikitext-103").train.tolist() == expected.train.tolist()
     assert asked == [("Salesforce/wikitext", "wikitext-103-v1")]
 
 

@@ -26,12 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    listed = f"some of {', '.join(map(repr, NETWORKS))} (default: all)"
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, JSON")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text (default: Python's standard library)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=_count, default=STEPS, help="training steps (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(%(default)s)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=2, help="networks at a time, one thread each (%(default)s)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME", help=listed)
+    parser.add_argument("--jobs", type=_count, default=2, help="networks at a time, one thread each (%(default)s)")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only report what is there: plots go here")
     options = parser.parse_args(arguments)
     try:
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
