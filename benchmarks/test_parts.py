@@ -11,7 +11,7 @@ from layerdrop_fast.recipes.bench.our_ways import PartsWay
 from layerdrop_fast.recipes.bench.setting import Setting
 
 THREADS = 2
-ROUNDS = 7
+ROUNDS = 15
 RATES = (0.0, 0.25, 0.5, 0.75)
 TARGETS = {
     "layers": ("layer",),

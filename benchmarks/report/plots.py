@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -215,7 +215,7 @@ def recompute(results: Results, figure: Figure) -> Drawn | None:
 
 
 def parts(results: Results, figure: Figure) -> Drawn | None:
-    """Time and bytes of every target against the share that is kept, as shares of those without dropping."""
+    """Time (with quartiles) and bytes of every target against the kept share, as shares of those of the whole."""
     contest = results.only("parts")
     if contest is None or 0.0 not in contest.by_rate():
         return None
@@ -226,8 +226,15 @@ def parts(results: Results, figure: Figure) -> Drawn | None:
     ):
         names = []
         for way, colour in colours.items():
-            points = [(1 - p, value(ways[way]) / value(by_rate[0.0][way])) for p, ways in sorted(by_rate.items())]
+            whole = value(by_rate[0.0][way])
+            points = [(1 - p, value(ways[way]) / whole) for p, ways in sorted(by_rate.items())]
             axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.4, markersize=3.5)
+            if value is _milliseconds:
+                for p, ways in by_rate.items():
+                    low, _, high = quantiles(ways[way].seconds, n=4)
+                    axes.plot(
+                        [1 - p] * 2, [1e3 * low / whole, 1e3 * high / whole], color=colour, linewidth=1.0, alpha=0.6
+                    )
             names.append(Name(*points[-1], way, colour))
         axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
         axes.set_xlim(1.02, -0.25)  # room for names

@@ -1,4 +1,4 @@
-"""Many runs beside each other, each result kept in one JSON file, with its commit, as soon as it is there."""
+"""Many runs beside each other; each result is kept in one JSON file, with its commit and machine, once it is there."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run_missing(
                     failed.append(error)
                     continue
                 here = {**provenance(command), "threads": "1"}
-                results.append({**future.result(), "commit": here["commit"]})
+                results.append({**future.result(), "commit": here["commit"], "machine": here["machine"]})
                 content = {"provenance": here, "results": results}
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())

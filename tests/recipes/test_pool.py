@@ -76,14 +76,16 @@ def test_what_fails_takes_nothing_with_it(tmp_path):
     assert [result["number"] for result in told] == [2, 4, 8]
 
 
-def test_each_result_names_its_commit(tmp_path, monkeypatch):
+def test_each_result_names_its_commit_and_machine(tmp_path, monkeypatch):
     out = tmp_path / "new" / "results.json"
     for number, commit in ((2, "one"), (4, "another")):
         monkeypatch.setattr("layerdrop_fast._provenance.commit", lambda commit=commit: commit)
+        monkeypatch.setattr("layerdrop_fast._provenance.machine", lambda _, commit=commit: f"machine of {commit}")
         wanted = {number: (number,) for number in (2, number)}
         run_missing(out, wanted, halved, lambda result: result["number"], jobs=1, command=["x"], tell=lambda _: None)
     content = json.loads(out.read_text())
     assert [(result["number"], result["commit"]) for result in content["results"]] == [(2, "one"), (4, "another")]
+    assert [result["machine"] for result in content["results"]] == ["machine of one", "machine of another"]
     assert content["provenance"]["commit"] == "another"
 
 
