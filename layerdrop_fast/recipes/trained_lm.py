@@ -20,12 +20,13 @@ def load_lm(path: Path | str, *, device: torch.device | str = "cpu") -> Transfor
         small = prune.extract(model, prune.every_other(16, kept=8))
 
     Args:
-        path: ``model.safetensors``; of the demo ``dense.safetensors`` or ``layerdrop.safetensors``.
+        path: ``model.safetensors``, or its folder; of the demo ``dense.safetensors`` or ``layerdrop.safetensors``.
 
     Raises:
         RecipeError: it cannot be read, is damaged, or holds no model of this version's.
     """
     path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
     try:
         tensors, record = load_checkpoint(path)
     except DamagedError:
