@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from layerdrop_fast.prune.pruned import Choose, Pruned
+from layerdrop_fast.prune.pruned import Choose, Metadata, Pruned
 from layerdrop_fast.prune.safetensors_files import prune_folder, prune_safetensors_file
 from layerdrop_fast.prune.torch_files import prune_torch_file
 
@@ -16,7 +16,9 @@ SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.\w+$")  # one of several
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def prune_checkpoint(source: Path | str, out: Path | str, choose: Choose, *, progress: bool = False) -> Pruned:
+def prune_checkpoint(
+    source: Path | str, out: Path | str, choose: Choose, *, progress: bool = False, metadata: Metadata | None = None
+) -> Pruned:
     """Writes a checkpoint of a network cut to fewer layers.
 
     ``source`` is a safetensors file; a folder as transformers saves it, with ``config.json`` and
@@ -32,6 +34,9 @@ def prune_checkpoint(source: Path | str, out: Path | str, choose: Choose, *, pro
         choose: {prefix: layers to keep}; or a function that gets the lists of layers that the checkpoint has,
             {prefix: number of layers}, and returns that.
         progress: show how many shards are done.
+        metadata: a function of the ``Pruned`` and of the tensors that are written, {name: tensor}, that returns what
+            the header of a safetensors file is to say beside its "format", {name: text}. Files of ``torch.save`` and
+            shards have no such header.
 
     Raises:
         ValueError: as ``prune_state_dict`` and ``prune_config``; a source of another kind or broken; an ``out`` of
@@ -53,10 +58,12 @@ def prune_checkpoint(source: Path | str, out: Path | str, choose: Choose, *, pro
             raise ValueError(f"{out} is inside of {source}, expected another place: the source is left as it is")
         if out.suffix in (*SAFETENSORS, *TORCH):
             raise ValueError(f"{out} is named like a file, expected the name of a folder, as {source} is one")
-        return prune_folder(source, out, choose, progress)
-    for suffixes, prune in ((SAFETENSORS, prune_safetensors_file), (TORCH, prune_torch_file)):
-        if source.suffix in suffixes:
-            if out.suffix not in suffixes:
-                raise ValueError(f"{out} is of another kind than {source}, expected {' or '.join(suffixes)}")
-            return prune(source, out, choose)
-    raise ValueError(f"{source} is none of a folder, {', '.join((*SAFETENSORS, *TORCH))}")
+        return prune_folder(source, out, choose, progress, metadata)
+    suffixes = next((kind for kind in (SAFETENSORS, TORCH) if source.suffix in kind), None)
+    if suffixes is None:
+        raise ValueError(f"{source} is none of a folder, {', '.join((*SAFETENSORS, *TORCH))}")
+    if out.suffix not in suffixes:
+        raise ValueError(f"{out} is of another kind than {source}, expected {' or '.join(suffixes)}")
+    if suffixes is SAFETENSORS:
+        return prune_safetensors_file(source, out, choose, metadata)
+    return prune_torch_file(source, out, choose)

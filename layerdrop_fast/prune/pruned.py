@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from layerdrop_fast.prune.state_dict import checked_keep, layer_lists, number_of_layers, renamed
 
 # What to keep of each list of layers; or a function from the lists that were found, {prefix: layers}, to that.
@@ -22,6 +24,10 @@ class Pruned:
     bytes_before: int
     bytes_after: int
     left_as_is: Mapping[str, Any] = field(default_factory=dict)  # of a config: what may number or count layers too
+
+
+# What the header of a safetensors file is to say, from what was cut and the tensors in the file.
+Metadata: TypeAlias = Callable[[Pruned, Mapping[str, Tensor]], Mapping[str, str]]
 
 
 def planned(sizes: Mapping[str, int], choose: Choose) -> Pruned:

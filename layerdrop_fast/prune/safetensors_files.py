@@ -15,7 +15,7 @@ from typing import Any
 from layerdrop_fast._progress import stage
 from layerdrop_fast.prune.config import left_as_is, prune_config
 from layerdrop_fast.prune.new_output import new_output
-from layerdrop_fast.prune.pruned import Choose, Pruned, planned
+from layerdrop_fast.prune.pruned import Choose, Metadata, Pruned, planned
 from layerdrop_fast.prune.state_dict import renamed
 
 INDEX = "model.safetensors.index.json"
@@ -23,14 +23,14 @@ SINGLE = "model.safetensors"
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".h5", ".msgpack")
 
 
-def prune_safetensors_file(source: Path, out: Path, choose: Choose) -> Pruned:
+def prune_safetensors_file(source: Path, out: Path, choose: Choose, metadata: Metadata | None = None) -> Pruned:
     cut = planned(_sizes([source]), choose)
     with new_output(out) as temporary:
-        _write_shard(source, temporary, cut.kept)
+        _write_shard(source, temporary, cut, metadata)
     return cut
 
 
-def prune_folder(source: Path, out: Path, choose: Choose, progress: bool) -> Pruned:
+def prune_folder(source: Path, out: Path, choose: Choose, progress: bool, metadata: Metadata | None = None) -> Pruned:
     index = _json(source / INDEX) if (source / INDEX).exists() else None
     shards = _shards(source, index) if index is not None else [SINGLE]
     for shard in shards:
@@ -45,12 +45,13 @@ def prune_folder(source: Path, out: Path, choose: Choose, progress: bool) -> Pru
         temporary.mkdir()
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
-            weight_map |= dict.fromkeys(_write_shard(source / shard, temporary / shard, cut.kept), shard)
+            names = _write_shard(source / shard, temporary / shard, cut, metadata if index is None else None)
+            weight_map |= dict.fromkeys(names, shard)
             show(number, shard)
         if index is not None:
-            metadata = {**index.get("metadata", {}), "total_size": cut.bytes_after}
-            metadata.pop("total_parameters", None)  # of the whole network
-            _write_json(temporary / INDEX, {**index, "metadata": metadata, "weight_map": weight_map})
+            said = {**index.get("metadata", {}), "total_size": cut.bytes_after}
+            said.pop("total_parameters", None)  # of the whole network
+            _write_json(temporary / INDEX, {**index, "metadata": said, "weight_map": weight_map})
         if smaller is not None:
             _write_json(temporary / "config.json", smaller)
         for other in source.iterdir():  # tokenizers and their like
@@ -78,21 +79,22 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in WEIGHTS or path.name.endswith(".index.json")
 
 
-def _write_shard(source: Path, out: Path, keep: Mapping[str, Sequence[int]]) -> list[str]:
+def _write_shard(source: Path, out: Path, cut: Pruned, metadata: Metadata | None) -> list[str]:
     """Writes what stays of a safetensors file; returns the names in it."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     try:
         with safe_open(source, framework="pt") as file:
-            names = {name: new for name in file.keys() if (new := renamed(name, keep)) is not None}  # noqa: SIM118
+            names = {name: new for name in file.keys() if (new := renamed(name, cut.kept)) is not None}  # noqa: SIM118
             # A record of what a file held would not be true of what is left.
-            metadata = {name: value for name, value in (file.metadata() or {}).items() if name == "format"}
+            header = {name: value for name, value in (file.metadata() or {}).items() if name == "format"}
             tensors = {new: file.get_tensor(name) for name, new in names.items()}
     except SafetensorError as error:
         raise ValueError(f"{source} is no safetensors file ({error})") from error
+    header |= metadata(cut, tensors) if metadata is not None else {}
     try:
-        save_file(tensors, out, metadata or None)
+        save_file(tensors, out, header or None)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(out)) from error
     shutil.copymode(source, out)  # safetensors' own is for the user alone

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerdrop_fast import cli
+from layerdrop_fast.recipes.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -120,3 +121,22 @@ def test_safetensors_is_asked_for_where_it_is_needed(source, capsys, monkeypatch
     for other in (source, source.parent):
         assert call(other, "--kept", "1") == 2
         assert "prune needs safetensors: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_model_of_this_program_has_its_record_as_soon_as_it_has_its_name(tmp_path, monkeypatch, folder):
+    state = {f"stack.layers.{n}.w": torch.full((2,), float(n)) for n in range(4)}
+    source, out = (tmp_path / f"{name}{'' if folder else '.safetensors'}" for name in ("in", "out"))
+    if folder:
+        source.mkdir()
+    save_checkpoint(source / "model.safetensors" if folder else source, state, {"settings": {"num_layers": 4}, "x": 1})
+
+    def interrupted(path):
+        if out.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("layerdrop_fast.prune.new_output.sync_folder", interrupted)
+    assert cli.main(["prune", str(source), "--keep", "1,3", "--out", str(out)]) == 130
+    tensors, record = load_checkpoint(out / "model.safetensors" if folder else out)
+    assert record == {"settings": {"num_layers": 2}, "x": 1, "kept": [1, 3]}
+    assert [tensors[f"stack.layers.{n}.w"][0].item() for n in range(2)] == [1, 3]
