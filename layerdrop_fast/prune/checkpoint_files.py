@@ -53,6 +53,16 @@ def prune_checkpoint(
         raise ValueError(f"{source} is a part of a checkpoint, expected the whole: its folder {source.parent}")
     if out.exists():
         raise ValueError(f"{out} exists, expected a new name")
+    try:
+        return _pruned(source, out, choose, progress, metadata)
+    except RecursionError as error:
+        raise ValueError(
+            f"{source} holds values within values without an end, expected few levels of dicts and lists"
+        ) from error
+
+
+def _pruned(source: Path, out: Path, choose: Choose, progress: bool, metadata: Metadata | None) -> Pruned:
+    """``prune_checkpoint`` once there is a source and room for ``out``."""
     if source.is_dir():
         if source.resolve() in out.resolve().parents:
             raise ValueError(f"{out} is inside of {source}, expected another place: the source is left as it is")

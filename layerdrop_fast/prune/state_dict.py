@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 from layerdrop_fast._checks import check_indices
 
 Value = TypeVar("Value")
 
-NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+# As Python writes it: 00 is no other name of layer 0. No list of layers is as long as ten digits allow.
+NUMBER = "(0|[1-9][0-9]{0,8})"
+NUMBERED = re.compile(rf"(?:^|\.){NUMBER}(?=\.)")
+OF_LAYER = re.compile(rf"{NUMBER}\.(.+)", re.DOTALL)
+NAMED = 10  # so many layers are named in an error
 
 
 def layer_lists(names: Iterable[str]) -> dict[str, int]:
@@ -82,7 +87,7 @@ def _check_prefixes(keep: Mapping[str, Sequence[int]]) -> None:
 
 
 def renamed(name: str, keep: Mapping[str, Sequence[int]]) -> str | None:
-    """What an entry is called behind the cut; None where its layer is dropped."""
+    """What an entry is called after the cut; None where its layer is dropped."""
     for prefix, indices in keep.items():
         number, rest = _layer_of(name, prefix)
         if number is not None:
@@ -97,8 +102,11 @@ def _checked(prefix: str, keep: Sequence[int], names: Sequence[str]) -> list[int
         if number is not None:
             layers.setdefault(number, []).append(rest)
     indices = _checked_indices(prefix, keep, layers, names)
-    if missing := sorted(set(range(max(layers))) - set(layers)):
-        raise ValueError(f"layers {missing} of {prefix!r} are missing, expected 0 to {max(layers)}")
+    last = max(layers)
+    if count := last + 1 - len(layers):
+        missing = list(islice((number for number in range(last) if number not in layers), NAMED))
+        more = f" and {count - len(missing)} more" if count > len(missing) else ""
+        raise ValueError(f"layers {missing}{more} of {prefix!r} are missing, expected 0 to {last}")
     owners = Counter(rest for rests in layers.values() for rest in rests)
     for number, rests in layers.items():
         alone = [rest for rest in rests if owners[rest] == 1]
@@ -120,11 +128,11 @@ def _checked_indices(prefix: str, keep: Sequence[int], layers: Iterable[int], na
 
 
 def _layer_of(name: str, prefix: str) -> tuple[int | None, str]:
-    """The number of the layer that an entry belongs to, and what stands behind it."""
+    """The number of the layer that an entry belongs to, and what stands after it."""
     if not name.startswith(_dotted(prefix)):
         return None, name
-    number, _, rest = name[len(_dotted(prefix)) :].partition(".")
-    return (int(number), rest) if number.isdecimal() and rest else (None, name)
+    found = OF_LAYER.fullmatch(name, len(_dotted(prefix)))
+    return (int(found[1]), found[2]) if found else (None, name)
 
 
 def _dotted(prefix: str) -> str:

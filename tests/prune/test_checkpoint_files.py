@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import re
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -176,6 +178,42 @@ def test_torch_files_that_cannot_be_cut(tmp_path, kind, message):
     with pytest.raises(ValueError, match=message):
         prune_checkpoint(tmp_path / "in.pt", tmp_path / "out.pt", choose)
     assert os.listdir(tmp_path) == ["in.pt"]
+
+
+@contextmanager
+def recursion_limit(limit):
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    yield
+    sys.setrecursionlimit(before)
+
+
+def nested(kind):
+    value = {}
+    if kind == "cyclic":
+        value["itself"] = value
+    for _ in range(2000 if kind == "deep" else 0):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("kind", ["cyclic", "deep", "deep JSON", "deep header"])
+def test_what_has_no_end_is_named(tmp_path, kind):
+    source, out, deep = tmp_path / "in.pt", tmp_path / "out.pt", "[" * 100_000
+    if kind == "deep JSON":
+        source, out = tmp_path / "in", tmp_path / "out"
+        source.mkdir()
+        save_file(model_of().state_dict(), source / "model.safetensors")
+        (source / "config.json").write_text(deep)
+    elif kind == "deep header":
+        source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+        source.write_bytes(len(deep).to_bytes(8, "little") + deep.encode())
+    else:
+        with recursion_limit(50_000):
+            torch.save({"model": model_of().state_dict(), "x": nested(kind)}, source)
+    with pytest.raises(ValueError, match=r"in(.pt|.safetensors)? holds values within values without an end"):
+        prune_checkpoint(source, out, choose)
+    assert os.listdir(tmp_path) == [source.name]
 
 
 def test_no_partial_output(tmp_path, monkeypatch):

@@ -137,6 +137,20 @@ def test_missing_layers_are_named():
         prune_state_dict({f"layers.{layer}.w": 0 for layer in (0, 2, 4)}, {"layers": [0]})
 
 
+def test_a_number_out_of_all_proportion_is_told_in_a_line():
+    with pytest.raises(ValueError, match=r"layers \[1, 2, 3, 4, .*\] and 29999989 more of 'l' are missing") as raised:
+        prune_state_dict({"l.0.w": 0, "l.30000000.w": 0}, {"l": [0]})
+    assert len(str(raised.value)) < 200
+
+
+def test_numbers_are_those_of_one_name_each():
+    """Zeros before a number, digits of other scripts: what is not counted as Python counts is no layer."""
+    others = {"l.00.w": 1, "l.01.w": 2, "l.\u0661.w": 3, "l.12345678901.w": 4}
+    state_dict = {"l.0.w": 5, "l.1.w": 6, **others}
+    assert layer_lists(state_dict) == {"l": 2}
+    assert prune_state_dict(state_dict, {"l": [1]}) == {"l.0.w": 6, **others}
+
+
 def test_what_all_layers_share_is_not_dropped():
     """T5's first block holds the position biases of all."""
     state_dict = {f"block.{layer}.w": 0 for layer in range(4)} | {"block.0.bias": 1}
