@@ -217,6 +217,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="the list of layers to cut, such as decoder.layers, where there are several; may be given again",
     )
+    prune.add_argument(
+        "--without-optimizer",
+        dest="optimizer",
+        action="store_false",
+        help="leave the optimizer's state out, where it cannot be told which of it belongs to which layer",
+    )
     commands.add_parser("info", help="versions, and which backends work here", description="Versions and backends.")
     return parser
 
@@ -297,7 +303,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    names = ("source", "out", "kept", "keep", "strategy", "layers")
+    names = ("source", "out", "kept", "keep", "strategy", "optimizer", "layers")
     prune_files.run(prune_files.Options(**{name: getattr(options, name) for name in names}))
 
 

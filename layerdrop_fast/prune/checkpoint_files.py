@@ -17,7 +17,13 @@ TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def prune_checkpoint(
-    source: Path | str, out: Path | str, choose: Choose, *, progress: bool = False, metadata: Metadata | None = None
+    source: Path | str,
+    out: Path | str,
+    choose: Choose,
+    *,
+    progress: bool = False,
+    optimizer: bool = True,
+    metadata: Metadata | None = None,
 ) -> Pruned:
     """Writes a checkpoint of a network cut to fewer layers.
 
@@ -27,6 +33,9 @@ def prune_checkpoint(
     stand. Such a file is read with ``weights_only=True``: nothing in it is executed. ``out`` is a file or folder of the
     same kind.
 
+    Tensors without names of layers, such as an EMA's in a list, and settings whose meaning is not known, are left as
+    they are, and named in ``left_as_is`` of what is returned.
+
     An optimizer is cut by the names of its parameters. One without names must have a single group and the parameters of
     the model in the model's order; buffers with well-known names are left out of account.
 
@@ -34,6 +43,7 @@ def prune_checkpoint(
         choose: {prefix: layers to keep}; or a function that gets the lists of layers that the checkpoint has,
             {prefix: number of layers}, and returns that.
         progress: show how many shards are done.
+        optimizer: False leaves the optimizers in a file of ``torch.save`` out. Folders' always are.
         metadata: a function of the ``Pruned`` and of the tensors that are written, {name: tensor}, that returns what
             the header of a safetensors file is to say beside its "format", {name: text}. Files of ``torch.save`` and
             shards have no such header.
@@ -54,14 +64,16 @@ def prune_checkpoint(
     if out.exists():
         raise ValueError(f"{out} exists, expected a new name")
     try:
-        return _pruned(source, out, choose, progress, metadata)
+        return _pruned(source, out, choose, progress, optimizer, metadata)
     except RecursionError as error:
         raise ValueError(
             f"{source} holds values within values without an end, expected few levels of dicts and lists"
         ) from error
 
 
-def _pruned(source: Path, out: Path, choose: Choose, progress: bool, metadata: Metadata | None) -> Pruned:
+def _pruned(
+    source: Path, out: Path, choose: Choose, progress: bool, optimizer: bool, metadata: Metadata | None
+) -> Pruned:
     """``prune_checkpoint`` once there is a source and room for ``out``."""
     if source.is_dir():
         if source.resolve() in out.resolve().parents:
@@ -76,4 +88,4 @@ def _pruned(source: Path, out: Path, choose: Choose, progress: bool, metadata: M
         raise ValueError(f"{out} is of another kind than {source}, expected {' or '.join(suffixes)}")
     if suffixes is SAFETENSORS:
         return prune_safetensors_file(source, out, choose, metadata)
-    return prune_torch_file(source, out, choose)
+    return prune_torch_file(source, out, choose, optimizer)

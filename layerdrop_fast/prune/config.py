@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,19 +66,26 @@ def left_as_is(config: Mapping[str, Any], pruned: Mapping[str, Any], keep: Itera
         for (place, part), (_, cut) in zip(_parts(dict(config), ""), _parts(dict(pruned), ""), strict=True)
         for name, value in part.items()
         if any(word in str(name) for word in OF_LAYERS) and name not in known
-        if value and (_is_count(value) or isinstance(value, list)) and cut[name] == value
+        if (_is_count(value) or isinstance(value, list)) and value and cut[name] == value
         if any(_belongs(str(name), prefix) for prefix in keep)
     }
 
 
 def _with_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config in which the decoder's number of layers is not left to its default, T5's ``num_layers``."""
-    filled = copy.deepcopy(dict(config))
+    filled: dict[str, Any] = _copied(dict(config))
     for _, part in _parts(filled, ""):
         said = any(_is_count(part.get(name)) for name in DECODER)
         if part.get("is_encoder_decoder") and not said and _is_count(part.get("num_layers")):
             part["num_decoder_layers"] = part["num_layers"]
     return filled
+
+
+def _copied(value: Any) -> Any:
+    """A copy of the dicts and lists in a config; of tensors, which options may hold, there is none."""
+    if isinstance(value, dict):
+        return {name: _copied(inner) for name, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_count(value: Any) -> bool:

@@ -34,7 +34,7 @@ def layer_lists(names: Iterable[str]) -> dict[str, int]:
 
 def number_of_layers(names: Iterable[str], prefix: str) -> int:
     """How many layers a list has, also one inside of a layer."""
-    numbers = (_layer_of(name, prefix)[0] for name in names)
+    numbers = (layer_of(name, prefix)[0] for name in names)
     return 1 + max((number for number in numbers if number is not None), default=-1)
 
 
@@ -55,7 +55,7 @@ def prune_state_dict(state_dict: Mapping[str, Value], keep: Mapping[str, Sequenc
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3; fairseq's ``--decoder-layers-to-keep``.
     """
-    checked = checked_keep(state_dict, keep)
+    checked = checked_against(state_dict, keep)
     pruned: dict[str, Value] = {}
     for name, value in state_dict.items():
         new = renamed(name, checked)
@@ -64,7 +64,7 @@ def prune_state_dict(state_dict: Mapping[str, Value], keep: Mapping[str, Sequenc
     return pruned
 
 
-def checked_keep(names: Iterable[str], keep: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+def checked_against(names: Iterable[str], keep: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """``keep`` as lists, checked against the names of a state dict."""
     names = list(names)
     _check_prefixes(keep)
@@ -89,7 +89,7 @@ def _check_prefixes(keep: Mapping[str, Sequence[int]]) -> None:
 def renamed(name: str, keep: Mapping[str, Sequence[int]]) -> str | None:
     """What an entry is called after the cut; None where its layer is dropped."""
     for prefix, indices in keep.items():
-        number, rest = _layer_of(name, prefix)
+        number, rest = layer_of(name, prefix)
         if number is not None:
             return f"{_dotted(prefix)}{indices.index(number)}.{rest}" if number in indices else None
     return name
@@ -98,7 +98,7 @@ def renamed(name: str, keep: Mapping[str, Sequence[int]]) -> str | None:
 def _checked(prefix: str, keep: Sequence[int], names: Sequence[str]) -> list[int]:
     layers: dict[int, list[str]] = {}
     for name in names:
-        number, rest = _layer_of(name, prefix)
+        number, rest = layer_of(name, prefix)
         if number is not None:
             layers.setdefault(number, []).append(rest)
     indices = _checked_indices(prefix, keep, layers, names)
@@ -127,7 +127,7 @@ def _checked_indices(prefix: str, keep: Sequence[int], layers: Iterable[int], na
     return check_indices(keep, f"layers to keep of {prefix!r}", last + 1)
 
 
-def _layer_of(name: str, prefix: str) -> tuple[int | None, str]:
+def layer_of(name: str, prefix: str) -> tuple[int | None, str]:
     """The number of the layer that an entry belongs to, and what stands after it."""
     if not name.startswith(_dotted(prefix)):
         return None, name
@@ -155,7 +155,8 @@ def prune_optimizer_state_dict(
         state_dict: of a torch optimizer; it is left as it is.
         keep: as for ``prune_state_dict``.
         names: of the optimizer's parameters, in the order in which it was given them, group by group; None: those that
-            the optimizer was given (``torch.optim.AdamW(model.named_parameters())``).
+            the optimizer was given (``torch.optim.AdamW(model.named_parameters())``), or that stand in the place of
+            numbers (``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict``).
         model: the names of the model's state dict, against which ``keep`` is checked; None: those of the optimizer,
             which do for this unless the last layers are frozen.
 
@@ -171,7 +172,7 @@ def prune_optimizer_state_dict(
             raise ValueError("the optimizer's state has no param_names, expected them, or names")
     _check_number(state_dict, names)
     if model is not None:
-        checked = checked_keep(model, keep)
+        checked = checked_against(model, keep)
     else:
         _check_prefixes(keep)
         checked = {
@@ -182,8 +183,14 @@ def prune_optimizer_state_dict(
 
 
 def own_names(optimizer: Mapping[str, Any]) -> list[str] | None:
-    """The names that an optimizer was given with its parameters; None where one of its groups has none."""
+    """The names of an optimizer's parameters; None where one of its groups has none.
+
+    They stand beside the parameters' numbers where the optimizer was given them, and in the place of those in what
+    ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` returns.
+    """
     groups = optimizer["param_groups"]
+    if all(isinstance(parameter, str) for group in groups for parameter in group["params"]):
+        return [name for group in groups for name in group["params"]]
     if any("param_names" not in group for group in groups):
         return None
     return [name for group in groups for name in group["param_names"]]
@@ -204,7 +211,7 @@ def cut_optimizer(
     _check_number(state_dict, names)
     new_names = {number: renamed(name, keep) for number, name in zip(numbers, names, strict=True)}
     kept = [number for number in numbers if new_names[number] is not None]
-    places = {number: place for place, number in enumerate(kept)}
+    places = {number: new_names[number] if isinstance(number, str) else place for place, number in enumerate(kept)}
     new_groups = []
     for group in groups:
         stay = [number for number in group["params"] if number in places]

@@ -34,6 +34,7 @@ class Options:
     kept: int | None = None
     keep: Sequence[int] | None = None
     strategy: str | None = None  # with ``kept``: "every-other"
+    optimizer: bool = True  # False: left out
     layers: Sequence[str] | None = None  # prefixes of lists of layers; None: the only one
 
 
@@ -53,7 +54,12 @@ def run(options: Options) -> None:
     own = _own(source)
     try:
         found = prune_checkpoint(
-            source, options.out, lambda lists: _keep(options, lists), progress=True, metadata=_metadata(own)
+            source,
+            options.out,
+            lambda lists: _keep(options, lists),
+            progress=True,
+            optimizer=options.optimizer,
+            metadata=_metadata(own),
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -62,8 +68,9 @@ def run(options: Options) -> None:
     for prefix, keep in found.kept.items():
         print(f"{prefix or 'layers'}: {found.layers[prefix]} -> {len(keep)} layers, those that were {_listed(keep)}")
     if found.left_as_is:
-        listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in found.left_as_is.items())
-        print(f"config.json: {listed} left as is, check whether that fits the layers that are left")
+        listed = ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in found.left_as_is.items())
+        where = "config.json" if source.is_dir() else source.name
+        print(f"{where}: {listed} left as is, check whether that fits the layers that are left")
     print(
         f"{found.bytes_before / MIB:,.1f} -> {found.bytes_after / MIB:,.1f} MiB of weights, in {options.out}",
         flush=True,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from layerdrop_fast import LayerDropModuleList, LayerDropStack
 from layerdrop_fast.prune import extract, layer_lists, prune_optimizer_state_dict, prune_state_dict
@@ -215,6 +216,24 @@ def test_an_optimizer_without_names_asks_for_them():
         prune_optimizer_state_dict(optimizer.state_dict(), {"layers": [0]})
     with pytest.raises(ValueError, match="got 11 names, expected 12"):
         prune_optimizer_state_dict(optimizer.state_dict(), {"layers": [0]}, order[1:])
+
+
+def test_an_optimizer_whose_parameters_are_names():
+    """Of get_optimizer_state_dict: torch's own set_optimizer_state_dict takes what is left."""
+    model, optimizer, _ = trained(named=False)
+    whole = get_optimizer_state_dict(model, optimizer)
+    keep = {"layers": [1, 4]}
+    state = prune_optimizer_state_dict(whole, keep)
+    small = extract(model, keep)
+    groups = [[p for p in small.parameters() if p.dim() > 1], [p for p in small.parameters() if p.dim() < 2]]
+    fresh = torch.optim.AdamW([{"params": group} for group in groups], lr=0.3)
+    set_optimizer_state_dict(small, fresh, state)
+    olds = {"layers.0": "layers.1", "layers.1": "layers.4", "head": "head"}
+    for name, weight in small.named_parameters():
+        prefix = name.rpartition(".linear")[0] or "head"
+        assert torch.equal(
+            fresh.state[weight]["exp_avg"], whole["state"][name.replace(prefix, olds[prefix])]["exp_avg"]
+        )
 
 
 def optimizer_of(names):

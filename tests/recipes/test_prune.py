@@ -99,6 +99,25 @@ def test_a_folder(tmp_path, capsys):
     assert "config.json: mlp_only_layers = [1] left as is, check whether that fits" in printed
 
 
+def test_a_training_checkpoint(tmp_path, capsys):
+    """Its optimizer has groups without names, its average no names, and its options have tensors."""
+    groups = [{"params": [0]}, {"params": [1, 2]}]
+    content = {
+        "model": {f"layers.{n}.w": torch.ones(2) for n in range(3)},
+        "optimizer": {"state": {}, "param_groups": groups},
+        "ema": [torch.ones(2)] * 3,
+        "args": {"n_layer": 3, "dense_layers": [torch.ones(1), 2]},
+    }
+    torch.save(content, tmp_path / "in.pt")
+    command = ["prune", str(tmp_path / "in.pt"), "--kept", "2", "--out", str(tmp_path / "out.pt")]
+    assert cli.main(command) == 2
+    assert "--without-optimizer" in capsys.readouterr().err
+    assert cli.main([*command, "--without-optimizer"]) == 0
+    assert set(torch.load(tmp_path / "out.pt")) == {"model", "ema", "args"}
+    printed = capsys.readouterr().out
+    assert 'in.pt: dense_layers = ["tensor([1.])", 2], ema = "3 tensors"' in printed
+
+
 def test_files_that_are_broken_are_named(source, capsys):
     folder = source.parent
     (folder / "cut.safetensors").write_bytes(source.read_bytes()[:-1])
