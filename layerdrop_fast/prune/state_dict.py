@@ -51,7 +51,8 @@ def prune_state_dict(state_dict: Mapping[str, Value], keep: Mapping[str, Sequenc
 
     Raises:
         ValueError: a prefix without layers; indices out of range, unsorted or repeated; layers that are missing; an
-            entry that one dropped layer has and no other, which the others may share. TypeError: another kind of index.
+            entry that a dropped layer alone has, beside all those of another one, which the others may share.
+            TypeError: another kind of index.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3; fairseq's ``--decoder-layers-to-keep``.
     """
@@ -110,7 +111,8 @@ def _checked(prefix: str, keep: Sequence[int], names: Sequence[str]) -> list[int
     owners = Counter(rest for rests in layers.values() for rest in rests)
     for number, rests in layers.items():
         alone = [rest for rest in rests if owners[rest] == 1]
-        if number not in indices and alone:
+        # A layer of another kind, such as the dense ones of a mixture, lacks something too.
+        if number not in indices and alone and any(set(rests) > set(other) for other in layers.values()):
             raise ValueError(
                 f"layer {number} of {prefix!r} alone has {alone[0]!r}, which the others may share: expected it among "
                 f"the layers to keep, got {indices}"

@@ -160,6 +160,17 @@ def test_what_all_layers_share_is_not_dropped():
     assert prune_state_dict(state_dict, {"block": [0, 3]}) == {"block.0.w": 0, "block.1.w": 0, "block.0.bias": 1}
 
 
+@pytest.mark.parametrize("dense", [0, 1])
+def test_a_layer_of_another_kind_may_be_dropped(dense):
+    """The only one with a dense feed-forward among experts, as in Qwen3-MoE and DeepSeek."""
+    rests = [["norm", "mlp.down"] if layer == dense else ["norm", "experts.0", "experts.1"] for layer in range(6)]
+    state_dict = {f"layers.{layer}.{rest}": layer for layer, found in enumerate(rests) for rest in found}
+    small = prune_state_dict(state_dict, {"layers": [2, 3, 5]})
+    assert [small[f"layers.{layer}.experts.1"] for layer in range(3)] == [2, 3, 5]
+    with pytest.raises(ValueError, match="layer 4 of 'layers' alone has 'bias'"):
+        prune_state_dict({**state_dict, "layers.4.bias": 4}, {"layers": [2, 3, 5]})
+
+
 def test_two_layers_of_which_one_has_what_both_share():
     state_dict = {"block.0.w": 0, "block.1.w": 0, "block.0.bias": 1}
     with pytest.raises(ValueError, match=r"layer 0 of 'block' alone has 'bias'"):
