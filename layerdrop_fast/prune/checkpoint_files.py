@@ -7,8 +7,9 @@ import os
 import re
 from pathlib import Path
 
+from layerdrop_fast.prune.checkpoint_folders import prune_folder
 from layerdrop_fast.prune.pruned import Choose, Metadata, Pruned
-from layerdrop_fast.prune.safetensors_files import prune_folder, prune_safetensors_file
+from layerdrop_fast.prune.safetensors_files import prune_safetensors_file
 from layerdrop_fast.prune.torch_files import prune_torch_file
 
 SAFETENSORS = (".safetensors",)
@@ -28,10 +29,13 @@ def prune_checkpoint(
     """Writes a checkpoint of a network cut to fewer layers.
 
     ``source`` is a safetensors file; a folder as transformers saves it, with ``config.json`` and
-    ``model.safetensors``, in shards or not; or a file of ``torch.save`` with state dicts in it, of which all are cut
-    (the model's, an EMA's), and the optimizers' and the options that say how many layers there are, wherever they
-    stand. Such a file is read with ``weights_only=True``: nothing in it is executed. ``out`` is a file or folder of the
-    same kind.
+    ``model.safetensors`` or ``pytorch_model.bin``, in shards or not; or a file of ``torch.save`` with state dicts in
+    it, of which all are cut (the model's, an EMA's), and the optimizers' and the options that say how many layers there
+    are, wherever they stand. Such files are read with ``weights_only=True``: nothing in them is executed. ``out`` is a
+    file or folder of the same kind.
+
+    Of a folder, tokenizers, other settings and code are copied; weights of another kind, the state of a training and
+    folders within it are not, and are named in ``left_out``.
 
     Tensors without names of layers, such as an EMA's in a list, and settings whose meaning is not known, are left as
     they are, and named in ``left_as_is`` of what is returned.
@@ -50,9 +54,9 @@ def prune_checkpoint(
 
     Raises:
         ValueError: as ``prune_state_dict`` and ``prune_config``; a source of another kind or broken; an ``out`` of
-            another kind or that exists; shards outside of the folder; state dicts or optimizers of which it is not
-            clear what belongs to which layer. OSError: a file cannot be read or written. ``source`` is never written,
-            and ``out`` is there whole or not at all.
+            another kind or that exists; shards outside of the folder, or with other tensors than their index says;
+            state dicts or optimizers of which it is not clear what belongs to which layer. OSError: a file cannot be
+            read or written. ``source`` is never written, and ``out`` is there whole or not at all.
     """
     source, out = Path(source), Path(out)
     if not source.exists():

@@ -26,6 +26,7 @@ class Pruned:
     bytes_after: int
     # What may be of layers too: settings that number or count them, {name: value}, and tensors, {place: how many}.
     left_as_is: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Sequence[str] = ()  # what a folder has and ``out`` has not, folders with a slash
 
 
 # What the header of a safetensors file is to say, from what was cut and the tensors in the file.

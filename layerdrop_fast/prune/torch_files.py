@@ -18,7 +18,7 @@ from torch import Tensor
 from layerdrop_fast.prune.config import left_as_is, prune_config, says_layers
 from layerdrop_fast.prune.nameless_optimizers import WAY_OUT, parameter_names
 from layerdrop_fast.prune.new_output import new_output
-from layerdrop_fast.prune.pruned import Choose, Pruned, planned
+from layerdrop_fast.prune.pruned import Choose, Metadata, Pruned, planned
 from layerdrop_fast.prune.state_dict import (
     NUMBERED,
     cut_optimizer,
@@ -26,6 +26,7 @@ from layerdrop_fast.prune.state_dict import (
     number_of_layers,
     own_names,
     prune_state_dict,
+    renamed,
 )
 
 # What reading a broken file ends in: the readers of archives and pickles check little.
@@ -33,7 +34,7 @@ BROKEN = (RuntimeError, EOFError, pickle.UnpicklingError, struct.error, ValueErr
 
 
 def prune_torch_file(source: Path, out: Path, choose: Choose, optimizer: bool = True) -> Pruned:
-    checkpoint = load(source)
+    checkpoint = _load(source)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{source} holds a {type(checkpoint).__name__}, expected a state dict, or a dict of them")
     if not optimizer:
@@ -44,13 +45,33 @@ def prune_torch_file(source: Path, out: Path, choose: Choose, optimizer: bool = 
     model = state_dicts[0]
     cut = planned({name: value.nbytes for name, value in model.items() if isinstance(value, Tensor)}, choose)
     through = _Cut(model, cut.kept, cut.layers)
-    smaller = compact(through.everything(checkpoint))
+    smaller = _compact(through.everything(checkpoint))
     with new_output(out) as temporary, temporary.open("wb") as file:
         torch.save(smaller, file)
     return replace(cut, left_as_is={**cut.left_as_is, **through.left_as_is, **dict(_other_tensors(checkpoint))})
 
 
-def load(source: Path) -> Any:
+def sizes(path: Path) -> dict[str, int]:
+    """The bytes of every tensor in a file with one state dict, by name."""
+    return {name: value.nbytes if isinstance(value, Tensor) else 0 for name, value in _flat(path).items()}
+
+
+def write(source: Path, out: Path, cut: Pruned, metadata: Metadata | None) -> list[str]:
+    """Writes what stays of a file with one state dict, if anything does; returns the names in it."""
+    entries = {new: value for name, value in _flat(source).items() if (new := renamed(name, cut.kept)) is not None}
+    if entries:
+        torch.save(_compact(entries), out)
+    return list(entries)
+
+
+def _flat(path: Path) -> dict[str, Any]:
+    content = _load(path)
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
+def _load(source: Path) -> Any:
     """What ``torch.save`` wrote, nothing of which is executed.
 
     Raises:
@@ -242,14 +263,14 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     return value
 
 
-def compact(value: Any) -> Any:
+def _compact(value: Any) -> Any:
     """The same without tensors that are part of a larger storage, which would be written with all of it."""
-    return _compact(value, {})
+    return _compacted(value, {})
 
 
-def _compact(value: Any, copies: dict[Any, Tensor]) -> Any:
+def _compacted(value: Any, copies: dict[Any, Tensor]) -> Any:
     if not isinstance(value, Tensor):
-        return _mapped(lambda inner: _compact(inner, copies), value)
+        return _mapped(lambda inner: _compacted(inner, copies), value)
     if value.layout is not torch.strided or value.untyped_storage().nbytes() <= value.nbytes:
         return value
     place = (value.data_ptr(), value.dtype, value.shape, value.stride())

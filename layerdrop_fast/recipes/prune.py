@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from layerdrop_fast.prune import every_other, prune_checkpoint
+from layerdrop_fast.prune.checkpoint_folders import SAFETENSORS
 from layerdrop_fast.prune.pruned import Metadata, Pruned
-from layerdrop_fast.prune.safetensors_files import SINGLE
 from layerdrop_fast.recipes.checkpoint import is_checkpoint, load_checkpoint, metadata_of
 from layerdrop_fast.recipes.files import RecipeError
 
@@ -71,6 +71,8 @@ def run(options: Options) -> None:
         listed = ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in found.left_as_is.items())
         where = "config.json" if source.is_dir() else source.name
         print(f"{where}: {listed} left as is, check whether that fits the layers that are left")
+    if found.left_out:
+        print(f"left out: {', '.join(found.left_out)}")
     print(
         f"{found.bytes_before / MIB:,.1f} -> {found.bytes_after / MIB:,.1f} MiB of weights, in {options.out}",
         flush=True,
@@ -79,7 +81,7 @@ def run(options: Options) -> None:
 
 def _own(source: Path) -> dict[str, Any] | None:
     """The record of a model of ``train lm`` or the demo, which tells its size."""
-    path = source / SINGLE if source.is_dir() else source
+    path = source / SAFETENSORS.single if source.is_dir() else source
     return load_checkpoint(path)[1] if path.suffix == ".safetensors" and is_checkpoint(path) else None
 
 

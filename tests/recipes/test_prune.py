@@ -92,10 +92,13 @@ def test_a_folder(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     save_file({f"h.{n}.w": torch.ones(2) for n in range(4)}, tmp_path / "in/model.safetensors")
     (tmp_path / "in/config.json").write_text(json.dumps({"n_layer": 4, "mlp_only_layers": [1]}))
+    (tmp_path / "in/model.gguf").write_text("the same weights, whole")
+    (tmp_path / "in/onnx").mkdir()
     assert cli.main(["prune", str(tmp_path / "in"), "--kept", "2", "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"n_layer": 2, "mlp_only_layers": [1]}
     printed = capsys.readouterr().out
     assert "prune: 1/1  model.safetensors" in printed
+    assert "left out: model.gguf, onnx/\n" in printed
     assert "config.json: mlp_only_layers = [1] left as is, check whether that fits" in printed
 
 
