@@ -68,7 +68,7 @@ def prune_folder(source: Path, out: Path, choose: Choose, progress: bool, metada
             shutil.copy2(other, temporary / other.name)
     left_out = tuple(f"{other.name}{'/' * other.is_dir()}" for other in others if not _goes_along(other))
     if whole is not None and smaller is not None:
-        cut = replace(cut, left_as_is={**cut.left_as_is, **left_as_is(whole, smaller, cut.kept)})
+        cut = replace(cut, left_as_is={**cut.left_as_is, **left_as_is(whole, smaller, cut.layers)})
     return replace(cut, left_out=left_out)
 
 

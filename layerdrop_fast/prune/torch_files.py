@@ -215,7 +215,7 @@ class _Cut:
         """Options such as fairseq's; those that say nothing of layers stay as they are."""
         keep = {prefix: indices for prefix, indices in self.keep.items() if says_layers(value, prefix)}
         cut = prune_config(value, keep, self.layers)
-        self.left_as_is |= left_as_is(value, cut, keep)
+        self.left_as_is |= left_as_is(value, cut, {prefix: self.layers[prefix] for prefix in keep})
         return cut
 
     def _inside_options(self, value: Any) -> Any:
