@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from layerdrop_fast.prune.checkpoint_folders import prune_folder
+from layerdrop_fast.prune.new_output import check_new
 from layerdrop_fast.prune.pruned import Choose, Metadata, Pruned
 from layerdrop_fast.prune.safetensors_files import prune_safetensors_file
 from layerdrop_fast.prune.torch_files import prune_torch_file
@@ -65,8 +66,7 @@ def prune_checkpoint(
         raise ValueError(f"{out.parent} is no folder, expected one to write {out.name} in")
     if source.name.endswith(".index.json") or SHARD.search(source.name):
         raise ValueError(f"{source} is a part of a checkpoint, expected the whole: its folder {source.parent}")
-    if out.exists():
-        raise ValueError(f"{out} exists, expected a new name")
+    check_new(out)
     try:
         return _pruned(source, out, choose, progress, optimizer, metadata)
     except RecursionError as error:
