@@ -57,7 +57,7 @@ PRUNE = """\
 Writes a checkpoint of the same network with fewer layers, ready to use without retraining if it was trained with
 LayerDrop. The input is a .safetensors file, a folder as transformers saves it (config.json and shards included), or a
 file of torch.save (.pt, .pth, .bin, .ckpt), of which EMA weights and the optimizer's state are cut too. Nothing in it
-is executed, and it is not changed.
+is executed, and it is not changed. What stays as it was, and of a folder what is left out, is printed.
 
     layerdrop-fast prune model.safetensors --kept 8 --out model-8.safetensors
     layerdrop-fast prune bart/ --layers model.decoder.layers --keep 0,2,4 --out bart-12-3/

@@ -43,7 +43,7 @@ def test_the_named_list_is_cut_and_the_other_stays_whole(source, capsys, argumen
     assert str(source.parent / "out.safetensors") in printed
 
 
-def test_the_size_of_the_weights_before_and_behind_is_told(source, capsys, monkeypatch):
+def test_the_size_of_the_weights_before_and_after_is_told(source, capsys, monkeypatch):
     monkeypatch.setattr("layerdrop_fast.recipes.prune.MIB", 4)  # a float
     assert call(source, "--layers", "decoder.layers", "--kept", "3") == 0
     assert "76.0 -> 58.0 MiB of weights" in capsys.readouterr().out
