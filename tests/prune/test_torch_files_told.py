@@ -34,6 +34,20 @@ def test_options_are_cut_wherever_they_stand(tmp_path):
     assert others == {"config": "1 tensor"}
 
 
+def test_models_in_a_list_are_not_one_a_layer(tmp_path):
+    got, _ = told(tmp_path, {"model": state_of(), "n_layer": 3, "layer_emas": [state_of(), state_of(), state_of()]})
+    assert [left(model) for model in got["layer_emas"]] == [KEEP, KEEP, KEEP]
+
+
+def test_an_optimizers_state_is_not_the_model(tmp_path):
+    """Of an optimizer that keeps one tensor by each name, and has more of them."""
+    state = state_of() | {f"layers.{n}.more": torch.ones(2) for n in range(3)}
+    names = list(state)
+    content = {"optimizer": {"state": state, "param_groups": [{"params": names}]}, "model": state_of()}
+    torch.save(content, tmp_path / "in.pt")
+    assert prune_checkpoint(tmp_path / "in.pt", tmp_path / "out.pt", {"layers": KEEP}).bytes_before == 24
+
+
 def test_options_beside_a_state_dict_that_are_of_another_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the config says \{'num_layers': 4\}, expected the 3 layers of 'layers'"):
         pruned(tmp_path, {"model": state_of(), "num_layers": 4})
