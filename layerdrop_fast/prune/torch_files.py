@@ -136,6 +136,8 @@ def _holds_weights(value: Any) -> bool:
 
 
 def _without_optimizers(value: Any) -> Any:
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_without_optimizers(vars(value)))
     if isinstance(value, dict):
         value = {name: inner for name, inner in value.items() if not _is_optimizer(inner)}
     elif type(value) in (list, tuple):

@@ -86,11 +86,11 @@ def test_of_a_training_that_is_cut_whole_nothing_is_told(tmp_path):
     assert not prune_checkpoint(tmp_path / "in.pt", tmp_path / "out.pt", {"stack.layers": KEEP}).left_as_is
 
 
-@pytest.mark.parametrize("kind", [dict, list, tuple])
+@pytest.mark.parametrize("kind", [dict, list, tuple, argparse.Namespace])
 def test_optimizers_are_left_out_where_that_is_asked(tmp_path, kind):
     groups = [{"params": [0, 1]}, {"params": [2]}]
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": groups}
-    place = {"adam": optimizer} if kind is dict else kind([optimizer])
+    place = kind([optimizer]) if kind in (list, tuple) else kind(adam=optimizer)
     content = {"model": state_of(), "optimizers": place, "n_layer": 3}
     with pytest.raises(ValueError, match=r"the checkpoint without it \(optimizer=False, --without-optimizer\)"):
         pruned(tmp_path, content)
