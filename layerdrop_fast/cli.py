@@ -58,7 +58,7 @@ PRUNE = """\
 Writes a checkpoint of the same network with fewer layers, ready to use without retraining if it was trained with
 LayerDrop. The input is a .safetensors file, a folder as transformers saves it (config.json and shards included), or a
 file of torch.save (.pt, .pth, .bin, .ckpt), of which EMA weights and the optimizer's state are cut too. Nothing in it
-is executed, and it is not changed.
+is executed, and it is not changed. What stays as it was, and of a folder what is left out, is printed.
 
     layerdrop-fast prune model.safetensors --kept 8 --out model-8.safetensors
     layerdrop-fast prune bart/ --layers model.decoder.layers --keep 0,2,4 --out bart-12-3/
@@ -219,6 +219,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="the list of layers to cut, such as decoder.layers, where there are several; may be given again",
     )
+    prune.add_argument(
+        "--without-optimizer",
+        dest="optimizer",
+        action="store_false",
+        help="leave the optimizer's state out, where it cannot be told which of it belongs to which layer",
+    )
     commands.add_parser("info", help="versions, and which backends work here", description="Versions and backends.")
     return parser
 
@@ -306,7 +312,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    names = ("source", "out", "kept", "keep", "strategy", "layers")
+    names = ("source", "out", "kept", "keep", "strategy", "optimizer", "layers")
     prune_files.run(prune_files.Options(**{name: getattr(options, name) for name in names}))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from layerdrop_fast._checks import check_indices
@@ -13,7 +13,9 @@ from layerdrop_fast.prune.state_dict import check_mapping
 ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
 DECODER = ("decoder_layers", "num_decoder_layers")
 ONLY = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
-OF_LAYERS = ("layer", "pattern", "idxs", "indices", "first_k")  # in names of what may number or count layers
+SIDES = ("encoder", "decoder")
+# In names of what may number or count layers; GPT-Neo repeats kinds of layers in attention_types.
+OF_LAYERS = ("layer", "pattern", "idxs", "indices", "first_k", "attention_types", "pruned_heads")
 
 
 def prune_config(
@@ -23,10 +25,12 @@ def prune_config(
 
     The number of layers stands under ``num_hidden_layers``, ``n_layer``, ...; in a config that has ``decoder_layers``
     or ``num_decoder_layers``, under that for a prefix with "decoder" in it, and under ``encoder_layers``,
-    ``num_layers``, ... for one with "encoder". It may stand in an inner config, such as ``text_config``, whose name is
-    part of the prefix where there are several. Lists beside it that have "layer" in their names and one entry a layer,
-    such as ``layer_types``, are cut too. T5's decoder has as many layers as ``num_layers`` says where the config has no
-    ``num_decoder_layers``, which is written then.
+    ``num_layers``, ... for one with "encoder"; of both, the first in the prefix counts. It may stand in an inner
+    config, such as ``text_config``, whose name is part of the prefix where there are several. T5's decoder has as many
+    layers as ``num_layers`` says where the config has no ``num_decoder_layers``, which is written then.
+
+    Lists beside the number that have "layer" in their names and one entry a layer, such as ``layer_types``, are cut
+    too. A list of the numbers of all layers, as ``mlp_only_layers`` may be, has no entry for each and stays.
 
     Args:
         config: is left as it is.
@@ -48,38 +52,66 @@ def prune_config(
         for name in names:
             part[name] = len(indices)
         for name, value in part.items():
-            if isinstance(value, list) and len(value) == total and "layer" in str(name) and _belongs(name, prefix):
+            if _one_a_layer(str(name), value, total) and _belongs(str(name), prefix):
                 part[name] = [value[index] for index in indices]
     return pruned
 
 
 def says_layers(config: Mapping[str, Any], prefix: str) -> bool:
     """Whether a config has a number of layers for such a list, right or wrong."""
-    parts = _parts(_with_decoder(config), "")
-    return any(_is_count(part.get(name)) for _, part in parts for name in _names(part, prefix))
+    return any(True for _ in _said(_with_decoder(config), prefix))
 
 
-def left_as_is(config: Mapping[str, Any], pruned: Mapping[str, Any], keep: Iterable[str]) -> dict[str, Any]:
-    """What may number or count layers, by its name, and ``prune_config`` does not know the meaning of."""
-    known = (*ENCODER, *DECODER, *ONLY)
+def left_as_is(config: Mapping[str, Any], pruned: Mapping[str, Any], num_layers: Mapping[str, int]) -> dict[str, Any]:
+    """What may number or count layers, by its name, and ``prune_config`` does not know the meaning of.
+
+    Args:
+        num_layers: how many layers each list had, by the prefixes of those that were cut.
+    """
     return {
         f"{place}.{name}".lstrip("."): value
         for (place, part), (_, cut) in zip(_parts(dict(config), ""), _parts(dict(pruned), ""), strict=True)
         for name, value in part.items()
-        if any(word in str(name) for word in OF_LAYERS) and name not in known
-        if value and (_is_count(value) or isinstance(value, list)) and cut[name] == value
-        if any(_belongs(str(name), prefix) for prefix in keep)
+        if any(_may_be_of_layers(str(name), value, *of) and _belongs(str(name), of[0]) for of in num_layers.items())
+        if cut[name] == value
     }
+
+
+def _may_be_of_layers(name: str, value: Any, prefix: str, total: int) -> bool:
+    said = any(word in name for word in OF_LAYERS)
+    if _is_count(value):
+        return said and value != 0 and name not in (*ENCODER, *DECODER, *ONLY)
+    if not isinstance(value, list | dict) or not value:
+        return False
+    if isinstance(value, list) and (said or len(value) == total):
+        return True
+    # Settings of single layers: pruned_heads by their numbers, modules_to_not_convert by the names of modules.
+    number = re.compile(rf"{re.escape(prefix.rpartition('.')[2])}\\?\.\d")
+    return name == "pruned_heads" or any(number.search(inner) for inner in value if isinstance(inner, str))
+
+
+def _one_a_layer(name: str, value: Any, total: int) -> bool:
+    """Whether a list has an entry for each layer; one of the layers' numbers says something else."""
+    if not isinstance(value, list) or len(value) != total or "layer" not in name:
+        return False
+    return not (all(map(_is_count, value)) and sorted(value) == list(range(total)))
 
 
 def _with_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config in which the decoder's number of layers is not left to its default, T5's ``num_layers``."""
-    filled = copy.deepcopy(dict(config))
+    filled: dict[str, Any] = _copied(dict(config))
     for _, part in _parts(filled, ""):
         said = any(_is_count(part.get(name)) for name in DECODER)
         if part.get("is_encoder_decoder") and not said and _is_count(part.get("num_layers")):
             part["num_decoder_layers"] = part["num_layers"]
     return filled
+
+
+def _copied(value: Any) -> Any:
+    """A copy of the dicts and lists in a config; of tensors, which options may hold, there is none."""
+    if isinstance(value, dict):
+        return {name: _copied(inner) for name, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_count(value: Any) -> bool:
@@ -88,11 +120,7 @@ def _is_count(value: Any) -> bool:
 
 def _counts(config: dict[str, Any], prefix: str, total: int) -> tuple[dict[str, Any], list[str]]:
     """The part of a config that has the number of layers of a list, and the names it has there."""
-    found = []
-    for place, part in _parts(config, ""):
-        names = [name for name in _names(part, prefix) if _is_count(part.get(name))]
-        if names:
-            found.append((place, part, names))
+    found = list(_said(config, prefix))
     right = [(place, part, names) for place, part, names in found if part[names[0]] == total]
     if len(right) > 1:
         right = [row for row in right if row[0].removesuffix("_config") in prefix] or right
@@ -103,12 +131,30 @@ def _counts(config: dict[str, Any], prefix: str, total: int) -> tuple[dict[str, 
     return part, [name for name in names if part[name] == total]
 
 
-def _names(part: Mapping[str, Any], prefix: str) -> Sequence[str]:
+def _said(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """The parts of a config that have a number of layers for such a list, right or wrong, and its names there."""
+    for place, part in _parts(config, ""):
+        if {_side(place), _side(prefix)} >= set(SIDES):  # the other half of an EncoderDecoder
+            continue
+        if names := [name for name in _names(part, _side(prefix)) if _is_count(part.get(name))]:
+            yield place, part, names
+
+
+def _names(part: Mapping[str, Any], side: str) -> Sequence[str]:
     if any(name in part for name in DECODER):
-        return DECODER if "decoder" in prefix else ENCODER
-    if part.get("is_encoder_decoder") and "decoder" in prefix:
+        return DECODER if side == "decoder" else ENCODER
+    if part.get("is_encoder_decoder") and side == "decoder":
         return DECODER
-    return ENCODER[:2] + ONLY if "encoder" in prefix else ONLY
+    return ENCODER[:2] + ONLY if side == "encoder" else ONLY
+
+
+def _side(prefix: str) -> str:
+    """The side that a list of layers is of: what its name says first, as a BERT's encoder may be a decoder."""
+    for part in prefix.split("."):
+        said = [side for side in SIDES if side in part]
+        if len(said) == 1:
+            return said[0]
+    return ""
 
 
 def _parts(config: dict[str, Any], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -121,4 +167,4 @@ def _parts(config: dict[str, Any], place: str) -> Iterator[tuple[str, dict[str, 
 
 def _belongs(name: str, prefix: str) -> bool:
     """Whether a list is of this side, where its name says one."""
-    return all(side not in name or side in prefix for side in ("encoder", "decoder"))
+    return all(side not in name or side == _side(prefix) for side in SIDES)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 from layerdrop_fast._checks import check_indices
 
 Value = TypeVar("Value")
 
-NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+# As Python writes it: 00 is no other name of layer 0. No list of layers is as long as ten digits allow.
+NUMBER = "(0|[1-9][0-9]{0,8})"
+NUMBERED = re.compile(rf"(?:^|\.){NUMBER}(?=\.)")
+OF_LAYER = re.compile(rf"{NUMBER}\.(.+)", re.DOTALL)
+NAMED = 10  # so many layers are named in an error
 
 
 def layer_lists(names: Iterable[str]) -> dict[str, int]:
@@ -29,7 +34,7 @@ def layer_lists(names: Iterable[str]) -> dict[str, int]:
 
 def number_of_layers(names: Iterable[str], prefix: str) -> int:
     """How many layers a list has, also one inside of a layer."""
-    numbers = (_layer_of(name, prefix)[0] for name in names)
+    numbers = (layer_of(name, prefix)[0] for name in names)
     return 1 + max((number for number in numbers if number is not None), default=-1)
 
 
@@ -46,11 +51,12 @@ def prune_state_dict(state_dict: Mapping[str, Value], keep: Mapping[str, Sequenc
 
     Raises:
         ValueError: a prefix without layers; indices out of range, unsorted or repeated; layers that are missing; an
-            entry that one dropped layer has and no other, which the others may share. TypeError: another kind of index.
+            entry that a dropped layer alone has, beside all those of another one, which the others may share.
+            TypeError: another kind of index.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3; fairseq's ``--decoder-layers-to-keep``.
     """
-    checked = checked_keep(state_dict, keep)
+    checked = checked_against(state_dict, keep)
     pruned: dict[str, Value] = {}
     for name, value in state_dict.items():
         new = renamed(name, checked)
@@ -59,7 +65,7 @@ def prune_state_dict(state_dict: Mapping[str, Value], keep: Mapping[str, Sequenc
     return pruned
 
 
-def checked_keep(names: Iterable[str], keep: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+def checked_against(names: Iterable[str], keep: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """``keep`` as lists, checked against the names of a state dict."""
     names = list(names)
     _check_prefixes(keep)
@@ -82,9 +88,9 @@ def _check_prefixes(keep: Mapping[str, Sequence[int]]) -> None:
 
 
 def renamed(name: str, keep: Mapping[str, Sequence[int]]) -> str | None:
-    """What an entry is called behind the cut; None where its layer is dropped."""
+    """What an entry is called after the cut; None where its layer is dropped."""
     for prefix, indices in keep.items():
-        number, rest = _layer_of(name, prefix)
+        number, rest = layer_of(name, prefix)
         if number is not None:
             return f"{_dotted(prefix)}{indices.index(number)}.{rest}" if number in indices else None
     return name
@@ -93,16 +99,20 @@ def renamed(name: str, keep: Mapping[str, Sequence[int]]) -> str | None:
 def _checked(prefix: str, keep: Sequence[int], names: Sequence[str]) -> list[int]:
     layers: dict[int, list[str]] = {}
     for name in names:
-        number, rest = _layer_of(name, prefix)
+        number, rest = layer_of(name, prefix)
         if number is not None:
             layers.setdefault(number, []).append(rest)
     indices = _checked_indices(prefix, keep, layers, names)
-    if missing := sorted(set(range(max(layers))) - set(layers)):
-        raise ValueError(f"layers {missing} of {prefix!r} are missing, expected 0 to {max(layers)}")
+    last = max(layers)
+    if count := last + 1 - len(layers):
+        missing = list(islice((number for number in range(last) if number not in layers), NAMED))
+        more = f" and {count - len(missing)} more" if count > len(missing) else ""
+        raise ValueError(f"layers {missing}{more} of {prefix!r} are missing, expected 0 to {last}")
     owners = Counter(rest for rests in layers.values() for rest in rests)
     for number, rests in layers.items():
         alone = [rest for rest in rests if owners[rest] == 1]
-        if number not in indices and alone:
+        # A layer of another kind, such as the dense ones of a mixture, lacks something too.
+        if number not in indices and alone and any(set(rests) > set(other) for other in layers.values()):
             raise ValueError(
                 f"layer {number} of {prefix!r} alone has {alone[0]!r}, which the others may share: expected it among "
                 f"the layers to keep, got {indices}"
@@ -119,12 +129,12 @@ def _checked_indices(prefix: str, keep: Sequence[int], layers: Iterable[int], na
     return check_indices(keep, f"layers to keep of {prefix!r}", last + 1)
 
 
-def _layer_of(name: str, prefix: str) -> tuple[int | None, str]:
-    """The number of the layer that an entry belongs to, and what stands behind it."""
+def layer_of(name: str, prefix: str) -> tuple[int | None, str]:
+    """The number of the layer that an entry belongs to, and what stands after it."""
     if not name.startswith(_dotted(prefix)):
         return None, name
-    number, _, rest = name[len(_dotted(prefix)) :].partition(".")
-    return (int(number), rest) if number.isdecimal() and rest else (None, name)
+    found = OF_LAYER.fullmatch(name, len(_dotted(prefix)))
+    return (int(found[1]), found[2]) if found else (None, name)
 
 
 def _dotted(prefix: str) -> str:
@@ -147,7 +157,8 @@ def prune_optimizer_state_dict(
         state_dict: of a torch optimizer; it is left as it is.
         keep: as for ``prune_state_dict``.
         names: of the optimizer's parameters, in the order in which it was given them, group by group; None: those that
-            the optimizer was given (``torch.optim.AdamW(model.named_parameters())``).
+            the optimizer was given (``torch.optim.AdamW(model.named_parameters())``), or that stand in the place of
+            numbers (``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict``).
         model: the names of the model's state dict, against which ``keep`` is checked; None: those of the optimizer,
             which do for this unless the last layers are frozen.
 
@@ -163,7 +174,7 @@ def prune_optimizer_state_dict(
             raise ValueError("the optimizer's state has no param_names, expected them, or names")
     _check_number(state_dict, names)
     if model is not None:
-        checked = checked_keep(model, keep)
+        checked = checked_against(model, keep)
     else:
         _check_prefixes(keep)
         checked = {
@@ -174,8 +185,14 @@ def prune_optimizer_state_dict(
 
 
 def own_names(optimizer: Mapping[str, Any]) -> list[str] | None:
-    """The names that an optimizer was given with its parameters; None where one of its groups has none."""
+    """The names of an optimizer's parameters; None where one of its groups has none.
+
+    They stand beside the parameters' numbers where the optimizer was given them, and in the place of those in what
+    ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` returns.
+    """
     groups = optimizer["param_groups"]
+    if all(isinstance(parameter, str) for group in groups for parameter in group["params"]):
+        return [name for group in groups for name in group["params"]]
     if any("param_names" not in group for group in groups):
         return None
     return [name for group in groups for name in group["param_names"]]
@@ -196,7 +213,7 @@ def cut_optimizer(
     _check_number(state_dict, names)
     new_names = {number: renamed(name, keep) for number, name in zip(numbers, names, strict=True)}
     kept = [number for number in numbers if new_names[number] is not None]
-    places = {number: place for place, number in enumerate(kept)}
+    places = {number: new_names[number] if isinstance(number, str) else place for place, number in enumerate(kept)}
     new_groups = []
     for group in groups:
         stay = [number for number in group["params"] if number in places]

@@ -8,15 +8,17 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerdrop_fast.prune.config import prune_config, says_layers
+from layerdrop_fast.prune.config import left_as_is, prune_config, says_layers
+from layerdrop_fast.prune.nameless_optimizers import WAY_OUT, parameter_names
 from layerdrop_fast.prune.new_output import new_output
-from layerdrop_fast.prune.pruned import Choose, Pruned, planned
+from layerdrop_fast.prune.pruned import Choose, Metadata, Pruned, planned
 from layerdrop_fast.prune.state_dict import (
     NUMBERED,
     cut_optimizer,
@@ -24,33 +26,57 @@ from layerdrop_fast.prune.state_dict import (
     number_of_layers,
     own_names,
     prune_state_dict,
+    renamed,
 )
 
-# What well-known modules have in their state dicts beside parameters. Buffers of integers are told by their kind.
-BUFFERS = frozenset(
-    {"_extra_state", "_float_tensor", "inv_freq", "masked_bias", "original_inv_freq"}
-    | {"running_mean", "running_var", "version"}
-)
 # What reading a broken file ends in: the readers of archives and pickles check little.
 BROKEN = (RuntimeError, EOFError, pickle.UnpicklingError, struct.error, ValueError, LookupError, AssertionError)
 
 
-def prune_torch_file(source: Path, out: Path, choose: Choose) -> Pruned:
+def prune_torch_file(source: Path, out: Path, choose: Choose, optimizer: bool = True) -> Pruned:
     checkpoint = _load(source)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{source} holds a {type(checkpoint).__name__}, expected a state dict, or a dict of them")
+    if not optimizer:
+        checkpoint = _without_optimizers(checkpoint)
     state_dicts = sorted(_state_dicts(checkpoint), key=_rank)
     if not state_dicts:
         raise ValueError(f"{source} holds no state dict with layers; it has {sorted(map(str, checkpoint))[:8]}")
     model = state_dicts[0]
     cut = planned({name: value.nbytes for name, value in model.items() if isinstance(value, Tensor)}, choose)
-    smaller = _compact(_Cut(model, cut.kept, cut.layers).everything(checkpoint), {})
+    through = _Cut(model, cut.kept, cut.layers)
+    smaller = _compact(through.everything(checkpoint))
     with new_output(out) as temporary, temporary.open("wb") as file:
         torch.save(smaller, file)
-    return cut
+    return replace(cut, left_as_is={**cut.left_as_is, **through.left_as_is, **dict(_other_tensors(checkpoint))})
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """The bytes of every tensor in a file with one state dict, by name."""
+    return {name: value.nbytes if isinstance(value, Tensor) else 0 for name, value in _flat(path).items()}
+
+
+def write(source: Path, out: Path, cut: Pruned, metadata: Metadata | None) -> list[str]:
+    """Writes what stays of a file with one state dict, if anything does; returns the names in it."""
+    entries = {new: value for name, value in _flat(source).items() if (new := renamed(name, cut.kept)) is not None}
+    if entries:
+        torch.save(_compact(entries), out)
+    return list(entries)
+
+
+def _flat(path: Path) -> dict[str, Any]:
+    content = _load(path)
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return content
 
 
 def _load(source: Path) -> Any:
+    """What ``torch.save`` wrote, nothing of which is executed.
+
+    Raises:
+        ValueError: the file is broken, or holds what would have to be executed.
+    """
     # fairseq keeps its options in a Namespace, which is a dict by another name.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -79,15 +105,59 @@ def _state_dicts(value: Any) -> Iterator[dict[str, Any]]:
     """The state dicts with layers in a checkpoint."""
     if _is_state_dict(value):
         yield value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
+    elif not _is_optimizer(value):
+        for _, inner in _entries(value):
             yield from _state_dicts(inner)
+
+
+def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """What a dict, Namespace, list or tuple holds, by name or place; nothing of another kind."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list | tuple):
+        yield from enumerate(value)
 
 
 def _is_state_dict(value: Any) -> bool:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return False
     return bool(layer_lists(name for name, entry in value.items() if isinstance(entry, Tensor)))
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) >= {"state", "param_groups"}
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether state dicts or optimizers stand in it: options may have tensors too, such as the weights of classes."""
+    return _is_state_dict(value) or _is_optimizer(value) or any(_holds_weights(inner) for _, inner in _entries(value))
+
+
+def _without_optimizers(value: Any) -> Any:
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_without_optimizers(vars(value)))
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if not _is_optimizer(inner)}
+    elif type(value) in (list, tuple):
+        value = type(value)(inner for inner in value if not _is_optimizer(inner))
+    return _mapped(_without_optimizers, value)
+
+
+def _other_tensors(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """What may be weights and belongs to no state dict or optimizer: where it stands, and how many they are."""
+    if _is_optimizer(value):
+        return
+    entries = list(_entries(value))
+    tensors = sum(
+        isinstance(inner, Tensor) and inner.dim() > 0 and (inner.is_floating_point() or inner.is_complex())
+        for _, inner in entries
+    )
+    if tensors and not _is_state_dict(value):
+        yield place or "outermost", f"{tensors} {'tensor' if tensors == 1 else 'tensors'}"
+    for name, inner in entries:
+        yield from _other_tensors(inner, f"{place}.{name}".lstrip("."))
 
 
 def _rank(state_dict: Mapping[str, Any]) -> tuple[int, bool]:
@@ -106,24 +176,29 @@ class _Cut:
         self.model = model
         self.keep = keep
         self.layers = layers
+        self.left_as_is: dict[str, Any] = {}  # of options: what may number or count layers too
 
     def everything(self, value: Any) -> Any:
         """State dicts, optimizers and options, cut; all else as it is."""
-        if isinstance(value, dict):
-            if set(value) >= {"state", "param_groups"}:
-                return self.optimizer(value)
-            if _is_state_dict(value):
-                return prune_state_dict(value, self._named_as(value))
-            if not _has_tensors(value):
-                return self.options(value)
-        elif isinstance(value, argparse.Namespace):
-            return argparse.Namespace(**self.options(vars(value)))
-        return _mapped(self.everything, value)
+        if isinstance(value, argparse.Namespace):
+            return argparse.Namespace(**self.everything(vars(value)))
+        if not isinstance(value, dict):
+            return _mapped(self.everything, value)
+        if _is_optimizer(value):
+            return self.optimizer(value)
+        if not _holds_weights(value):
+            return self._options({name: self._inside_options(inner) for name, inner in value.items()})
+        if _is_state_dict(value):
+            value = prune_state_dict(value, self._named_as(value))
+        # What stands beside state dicts, or beside the weights in one, may be options too: each dict for itself.
+        cut = _mapped(self.everything, value)
+        options = {name: inner for name, inner in cut.items() if not isinstance(inner, dict | Tensor)}
+        return cut | self._options({name: inner for name, inner in options.items() if not _holds_weights(inner)})
 
     def optimizer(self, value: Mapping[str, Any]) -> dict[str, Any]:
         names = own_names(value)
         if names is None:
-            return cut_optimizer(value, self.keep, _parameter_names(value, self.model))
+            return cut_optimizer(value, self.keep, parameter_names(value, self.model))
         keep = {}
         for prefix, indices in self.keep.items():
             other = _same_list(prefix, names)
@@ -131,14 +206,19 @@ class _Cut:
                 continue
             count = number_of_layers(names, other)
             if count > self.layers[prefix]:
-                raise ValueError(f"an optimizer has {count} layers {other!r}, the model {self.layers[prefix]}")
+                raise ValueError(
+                    f"an optimizer has {count} layers {other!r}, the model {self.layers[prefix]}: expected that of the "
+                    f"same model, {WAY_OUT}"
+                )
             keep[other] = indices
         return cut_optimizer(value, keep, names)
 
-    def options(self, value: Mapping[str, Any]) -> dict[str, Any]:
+    def _options(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Options such as fairseq's; those that say nothing of layers stay as they are."""
         keep = {prefix: indices for prefix, indices in self.keep.items() if says_layers(value, prefix)}
-        return prune_config({name: self._inside_options(inner) for name, inner in value.items()}, keep, self.layers)
+        cut = prune_config(value, keep, self.layers)
+        self.left_as_is |= left_as_is(value, cut, {prefix: self.layers[prefix] for prefix in keep})
+        return cut
 
     def _inside_options(self, value: Any) -> Any:
         # Dicts in dicts are cut with the outermost, which has the number of layers in one place.
@@ -175,7 +255,9 @@ def _ends(name: str, end: str) -> bool:
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """A dict, list or tuple of what the function makes of each value; another kind as it is."""
+    """A dict, Namespace, list or tuple of what the function makes of each value; another kind as it is."""
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_mapped(function, vars(value)))
     if isinstance(value, dict):
         return {name: function(inner) for name, inner in value.items()}
     if type(value) in (list, tuple):
@@ -183,59 +265,14 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     return value
 
 
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_tensors(inner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return any(_has_tensors(inner) for inner in value)
-    return isinstance(value, Tensor)
-
-
-def _parameter_names(optimizer: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    """The names of the parameters of an optimizer that has none: those of the model, in its order."""
-    groups = optimizer["param_groups"]
-    numbers = [number for group in groups for number in group["params"]]
-    if len(groups) != 1:  # which parameters went to which group is not written anywhere
-        raise ValueError(
-            f"cannot tell which of the optimizer's {len(numbers)} parameters in {len(groups)} groups belong to which "
-            "layer: expected groups of named parameters (model.named_parameters()), a single group, or a checkpoint "
-            "without an optimizer"
-        )
-    parameters = _parameters(model)
-    moments = [
-        (number, moment.shape)
-        for number, state in optimizer["state"].items()
-        for moment in state.values()
-        if isinstance(moment, Tensor) and moment.dim()
-    ]
-    shapes = dict(zip(numbers, (value.shape for value in parameters.values()), strict=False))
-    if len(parameters) != len(numbers) or any(shapes.get(number) != shape for number, shape in moments):
-        raise ValueError(
-            f"cannot tell which of the optimizer's {len(numbers)} parameters belong to which layer, the model has "
-            f"{len(parameters)}: expected an optimizer of all of them in the model's order, one of "
-            "model.named_parameters(), or a checkpoint without an optimizer"
-        )
-    return list(parameters)
-
-
-def _parameters(model: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What seem to be the parameters in a state dict; weights that are tied stand in it twice, and here once."""
-    parameters: dict[str, Tensor] = {}
-    seen = set()
-    for name, value in model.items():
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            continue
-        place = (value.data_ptr(), value.shape) if value.numel() else name
-        if name.rpartition(".")[2] not in BUFFERS and place not in seen:
-            seen.add(place)
-            parameters[name] = value
-    return parameters
-
-
-def _compact(value: Any, copies: dict[Any, Tensor]) -> Any:
+def _compact(value: Any) -> Any:
     """The same without tensors that are part of a larger storage, which would be written with all of it."""
+    return _compacted(value, {})
+
+
+def _compacted(value: Any, copies: dict[Any, Tensor]) -> Any:
     if not isinstance(value, Tensor):
-        return _mapped(lambda inner: _compact(inner, copies), value)
+        return _mapped(lambda inner: _compacted(inner, copies), value)
     if value.layout is not torch.strided or value.untyped_storage().nbytes() <= value.nbytes:
         return value
     place = (value.data_ptr(), value.dtype, value.shape, value.stride())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,13 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, An
     from safetensors.torch import save
 
     on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(on_host, metadata_of(on_host, record)))
+
+
+def metadata_of(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> dict[str, str]:
+    """What the header of a checkpoint says; ``tensors`` are contiguous, on the CPU."""
     text = json.dumps(record)
-    write_atomically(path, save(on_host, {"record": text, "sha256": _digest(on_host, text)}))
+    return {"record": text, "sha256": _digest(tensors, text)}
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -90,7 +96,7 @@ def _shape(shapes: dict[str, torch.Size], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "none"
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from layerdrop_fast.prune import every_other, prune_checkpoint, prune_state_dict
-from layerdrop_fast.prune.safetensors_files import SINGLE
-from layerdrop_fast.recipes.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
+from layerdrop_fast.prune import every_other, prune_checkpoint
+from layerdrop_fast.prune.checkpoint_folders import SAFETENSORS
+from layerdrop_fast.prune.pruned import Metadata, Pruned
+from layerdrop_fast.recipes.checkpoint import is_checkpoint, load_checkpoint, metadata_of
 from layerdrop_fast.recipes.files import RecipeError
 
 STRATEGIES = {
@@ -33,6 +34,7 @@ class Options:
     kept: int | None = None
     keep: Sequence[int] | None = None
     strategy: str | None = None  # with ``kept``: "every-other"
+    optimizer: bool = True  # False: left out
     layers: Sequence[str] | None = None  # prefixes of lists of layers; None: the only one
 
 
@@ -51,36 +53,51 @@ def run(options: Options) -> None:
         raise RecipeError("prune needs safetensors: pip install 'layerdrop_fast[recipes]'")
     own = _own(source)
     try:
-        found = prune_checkpoint(source, options.out, lambda lists: _keep(options, lists), progress=True)
+        found = prune_checkpoint(
+            source,
+            options.out,
+            lambda lists: _keep(options, lists),
+            progress=True,
+            optimizer=options.optimizer,
+            metadata=_metadata(own),
+        )
     except ValueError as error:
         raise RecipeError(str(error)) from error
     except OSError as error:
         raise RecipeError(f"cannot prune {source}: {error.strerror}: {error.filename or options.out}") from error
-    if own is not None and list(found.kept) == ["stack.layers"]:
-        tensors, record = own
-        (kept,) = found.kept.values()
-        settings = {**record["settings"], "num_layers": len(kept)}
-        smaller = prune_state_dict(tensors, found.kept)
-        save_checkpoint(_weights(options.out), smaller, {**record, "settings": settings, "kept": kept})
     for prefix, keep in found.kept.items():
         print(f"{prefix or 'layers'}: {found.layers[prefix]} -> {len(keep)} layers, those that were {_listed(keep)}")
     if found.left_as_is:
-        listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in found.left_as_is.items())
-        print(f"config.json: {listed} left as is, check whether that fits the layers that are left")
+        listed = ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in found.left_as_is.items())
+        where = "config.json" if source.is_dir() else source.name
+        print(f"{where}: {listed} left as is, check whether that fits the layers that are left")
+    if found.left_out:
+        print(f"left out: {', '.join(found.left_out)}")
     print(
         f"{found.bytes_before / MIB:,.1f} -> {found.bytes_after / MIB:,.1f} MiB of weights, in {options.out}",
         flush=True,
     )
 
 
-def _own(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """A model of ``train lm`` or the demo: its file tells its size, as that of what is left of it then does too."""
-    path = _weights(source)
-    return load_checkpoint(path) if path.suffix == ".safetensors" and is_checkpoint(path) else None
+def _own(source: Path) -> dict[str, Any] | None:
+    """The record of a model of ``train lm`` or the demo, which tells its size."""
+    path = source / SAFETENSORS.single if source.is_dir() else source
+    return load_checkpoint(path)[1] if path.suffix == ".safetensors" and is_checkpoint(path) else None
 
 
-def _weights(path: Path) -> Path:
-    return path / SINGLE if path.is_dir() else path
+def _metadata(record: dict[str, Any] | None) -> Metadata | None:
+    """The record of what is left of such a model, which tells the size of that."""
+    if record is None:
+        return None
+
+    def metadata(cut: Pruned, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        if list(cut.kept) != ["stack.layers"]:
+            return {}
+        (kept,) = cut.kept.values()
+        settings = {**record["settings"], "num_layers": len(kept)}
+        return metadata_of(tensors, {**record, "settings": settings, "kept": kept})
+
+    return metadata
 
 
 def _keep(options: Options, lists: Mapping[str, int]) -> dict[str, Sequence[int]]:

@@ -14,6 +14,7 @@ QWEN = {
     "max_window_layers": 4,
     "vocab": [1, 2, 3, 4],
 }
+BERT2BERT = {"encoder": {"num_hidden_layers": 4}, "decoder": {"num_hidden_layers": 4}, "is_encoder_decoder": True}
 BOTH = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 4}}
 
 
@@ -30,6 +31,8 @@ BOTH = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_l
         (T5_SHORT, "encoder.block", 6, {"num_layers": 2, "num_decoder_layers": 6}),
         ({**T5_SHORT, "num_decoder_layers": None}, "decoder.block", 6, {"num_decoder_layers": 2}),
         (QWEN, "model.layers", 4, {"num_hidden_layers": 2, "layer_types": ["full", "sliding"]}),
+        (BERT2BERT, "encoder.encoder.layer", 4, {"encoder": {"num_hidden_layers": 2}}),
+        (BERT2BERT, "decoder.bert.encoder.layer", 4, {"decoder": {"num_hidden_layers": 2}}),
         (BOTH, "text_model.layers", 4, {"text_config": {"num_hidden_layers": 2}}),
         (
             {"text_config": {"num_hidden_layers": 4}, "model_type": "x"},
@@ -117,7 +120,45 @@ def test_what_else_may_number_layers_is_told():
     config = {"num_hidden_layers": 6, "layer_types": list("ababab"), **others, **silent, "encoder_layer_list": [1]}
     keep = {"decoder.layers": [0, 2, 4]}
     pruned = prune_config(config, keep, {"decoder.layers": 6})
-    assert left_as_is(config, pruned, keep) == others
+    assert left_as_is(config, pruned, {"decoder.layers": 6}) == others
     nested = {"text_config": config}
     pruned = prune_config(nested, keep, {"decoder.layers": 6})
-    assert left_as_is(nested, pruned, keep) == {f"text_config.{name}": value for name, value in others.items()}
+    assert left_as_is(nested, pruned, {"decoder.layers": 6}) == {
+        f"text_config.{name}": value for name, value in others.items()
+    }
+
+
+def test_numbers_of_all_layers_are_not_one_entry_a_layer():
+    config = {"n_layer": 4, "mlp_only_layers": [0, 1, 2, 3], "no_rope_layers": [1, 1, 0, 1], "dense_layers": [0, 1]}
+    pruned = prune_config(config, {"h": [2, 3]}, {"h": 4})
+    assert pruned == {**config, "n_layer": 2, "no_rope_layers": [0, 1]}
+    assert set(left_as_is(config, pruned, {"h": 4})) == {"mlp_only_layers", "dense_layers"}
+    flags = {"n_layer": 2, "layer_flags": [True, False]}
+    assert prune_config(flags, {"h": [1]}, {"h": 2}) == {"n_layer": 1, "layer_flags": [False]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("intermediate_size", [8, 8, 16, 16]),
+        ("attention_types", [[["global", "local"], 2]]),
+        ("pruned_heads", {"1": [0, 2]}),
+        ("quantization_config", {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp"]}),
+        ("quantization_config", {"ignore": [r"re:.*layers\.3\..*"]}),
+        ("device_map", {"model.layers.0": 0, "lm_head": 1}),
+    ],
+)
+def test_what_is_of_single_layers_is_told(name, value):
+    silent = {"vocab": [1, 2, 3], "id2label": {"0": "a"}, "architectures": ["X4"], "version": "4.51.0", "rates": {}}
+    config = {"num_hidden_layers": 4, **silent, "quantization": {"skip": ["lm_head"]}, name: value}
+    pruned = prune_config(config, {"model.layers": [0, 3]}, {"model.layers": 4})
+    assert pruned == {**config, "num_hidden_layers": 2}
+    told = {f"{name}.{inner}": of for inner, of in value.items()} if name == "quantization_config" else {name: value}
+    assert left_as_is(config, pruned, {"model.layers": 4}) == told
+
+
+def test_a_side_that_the_config_does_not_tell_is_refused():
+    """The decoder's number is not the encoder's, though both are BERTs."""
+    config = {"encoder": {"num_hidden_layers": 4}, "decoder": {"num_hidden_layers": 6}}
+    with pytest.raises(ValueError, match=r"the config says \{'decoder.num_hidden_layers': 6\}, expected the 4 layers"):
+        prune_config(config, {"decoder.bert.encoder.layer": [0]}, {"decoder.bert.encoder.layer": 4})

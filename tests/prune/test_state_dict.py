@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from layerdrop_fast import LayerDropModuleList, LayerDropStack
 from layerdrop_fast.prune import extract, layer_lists, prune_optimizer_state_dict, prune_state_dict
@@ -137,12 +138,37 @@ def test_missing_layers_are_named():
         prune_state_dict({f"layers.{layer}.w": 0 for layer in (0, 2, 4)}, {"layers": [0]})
 
 
+def test_a_number_out_of_all_proportion_is_told_in_a_line():
+    with pytest.raises(ValueError, match=r"layers \[1, 2, 3, 4, .*\] and 29999989 more of 'l' are missing") as raised:
+        prune_state_dict({"l.0.w": 0, "l.30000000.w": 0}, {"l": [0]})
+    assert len(str(raised.value)) < 200
+
+
+def test_numbers_are_those_of_one_name_each():
+    """Zeros before a number, digits of other scripts: what is not counted as Python counts is no layer."""
+    others = {"l.00.w": 1, "l.01.w": 2, "l.\u0661.w": 3, "l.12345678901.w": 4}
+    state_dict = {"l.0.w": 5, "l.1.w": 6, **others}
+    assert layer_lists(state_dict) == {"l": 2}
+    assert prune_state_dict(state_dict, {"l": [1]}) == {"l.0.w": 6, **others}
+
+
 def test_what_all_layers_share_is_not_dropped():
     """T5's first block holds the position biases of all."""
     state_dict = {f"block.{layer}.w": 0 for layer in range(4)} | {"block.0.bias": 1}
     with pytest.raises(ValueError, match=r"layer 0 of 'block' alone has 'bias', which the others may share"):
         prune_state_dict(state_dict, {"block": [1, 3]})
     assert prune_state_dict(state_dict, {"block": [0, 3]}) == {"block.0.w": 0, "block.1.w": 0, "block.0.bias": 1}
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_a_layer_of_another_kind_may_be_dropped(dense):
+    """The only one with a dense feed-forward among experts, as in Qwen3-MoE and DeepSeek."""
+    rests = [["norm", "mlp.down"] if layer == dense else ["norm", "experts.0", "experts.1"] for layer in range(6)]
+    state_dict = {f"layers.{layer}.{rest}": layer for layer, found in enumerate(rests) for rest in found}
+    small = prune_state_dict(state_dict, {"layers": [2, 3, 5]})
+    assert [small[f"layers.{layer}.experts.1"] for layer in range(3)] == [2, 3, 5]
+    with pytest.raises(ValueError, match="layer 4 of 'layers' alone has 'bias'"):
+        prune_state_dict({**state_dict, "layers.4.bias": 4}, {"layers": [2, 3, 5]})
 
 
 def test_two_layers_of_which_one_has_what_both_share():
@@ -201,6 +227,24 @@ def test_an_optimizer_without_names_asks_for_them():
         prune_optimizer_state_dict(optimizer.state_dict(), {"layers": [0]})
     with pytest.raises(ValueError, match="got 11 names, expected 12"):
         prune_optimizer_state_dict(optimizer.state_dict(), {"layers": [0]}, order[1:])
+
+
+def test_an_optimizer_whose_parameters_are_names():
+    """Of get_optimizer_state_dict: torch's own set_optimizer_state_dict takes what is left."""
+    model, optimizer, _ = trained(named=False)
+    whole = get_optimizer_state_dict(model, optimizer)
+    keep = {"layers": [1, 4]}
+    state = prune_optimizer_state_dict(whole, keep)
+    small = extract(model, keep)
+    groups = [[p for p in small.parameters() if p.dim() > 1], [p for p in small.parameters() if p.dim() < 2]]
+    fresh = torch.optim.AdamW([{"params": group} for group in groups], lr=0.3)
+    set_optimizer_state_dict(small, fresh, state)
+    olds = {"layers.0": "layers.1", "layers.1": "layers.4", "head": "head"}
+    for name, weight in small.named_parameters():
+        prefix = name.rpartition(".linear")[0] or "head"
+        assert torch.equal(
+            fresh.state[weight]["exp_avg"], whole["state"][name.replace(prefix, olds[prefix])]["exp_avg"]
+        )
 
 
 def optimizer_of(names):

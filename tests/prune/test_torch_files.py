@@ -21,8 +21,19 @@ def pruned(tmp_path, content, keep=None, **how):
     prune_checkpoint(
         tmp_path / "in.pt", tmp_path / "out.pt", lambda lists: seen.append(lists) or keep or {"layers": KEEP}
     )
+    return loaded(tmp_path / "out.pt"), seen[0]
+
+
+def loaded(path):
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(tmp_path / "out.pt", weights_only=True), seen[0]
+        return torch.load(path, weights_only=True)
+
+
+def told(tmp_path, content, **how):
+    """What is left of a checkpoint, and what is said to be as it was."""
+    torch.save(content, tmp_path / "in.pt")
+    cut = prune_checkpoint(tmp_path / "in.pt", tmp_path / "out.pt", {"layers": KEEP}, **how)
+    return loaded(tmp_path / "out.pt"), cut.left_as_is
 
 
 def state_of(prefix="layers", count=3, **more):
@@ -221,6 +232,22 @@ def test_an_optimizer_of_a_part_of_the_model(tmp_path, trained):
     got, _ = pruned(tmp_path, {"model": state_of(head=torch.ones(1)), "optimizer": optimizer})
     kept = [name for name in trained if ".1." not in name]
     assert [state["name"] for state in got["optimizer"]["state"].values()] == kept
+
+
+def test_an_optimizer_without_names_beside_a_sorted_state_dict_is_refused(tmp_path):
+    """By number and shapes its parameters might be those of any layer."""
+    model = nn.ModuleDict({"layers": nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(12)))})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model["layers"](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    state = model.state_dict()
+    message = "the state dict has layer 11 of 'layers' before layer 2, expected them in the model's order"
+    with pytest.raises(ValueError, match=message):
+        pruned(tmp_path, {"model": {name: state[name] for name in sorted(state)}, "optimizer": optimizer.state_dict()})
+    got, _ = pruned(tmp_path, {"model": dict(state), "optimizer": optimizer.state_dict()}, {"layers": [0, 2, 10]})
+    moments = optimizer.state_dict()["state"]
+    for place, old in enumerate([0, 2, 10]):
+        assert torch.equal(got["optimizer"]["state"][place]["exp_avg"], moments[old]["exp_avg"])
 
 
 def test_an_optimizer_of_a_deeper_model_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerdrop_fast import cli
+from layerdrop_fast.recipes.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_the_named_list_is_cut_and_the_other_stays_whole(source, capsys, argumen
     assert str(source.parent / "out.safetensors") in printed
 
 
-def test_the_size_of_the_weights_before_and_behind_is_told(source, capsys, monkeypatch):
+def test_the_size_of_the_weights_before_and_after_is_told(source, capsys, monkeypatch):
     monkeypatch.setattr("layerdrop_fast.recipes.prune.MIB", 4)  # a float
     assert call(source, "--layers", "decoder.layers", "--kept", "3") == 0
     assert "76.0 -> 58.0 MiB of weights" in capsys.readouterr().out
@@ -91,11 +92,33 @@ def test_a_folder(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     save_file({f"h.{n}.w": torch.ones(2) for n in range(4)}, tmp_path / "in/model.safetensors")
     (tmp_path / "in/config.json").write_text(json.dumps({"n_layer": 4, "mlp_only_layers": [1]}))
+    (tmp_path / "in/model.gguf").write_text("the same weights, whole")
+    (tmp_path / "in/onnx").mkdir()
     assert cli.main(["prune", str(tmp_path / "in"), "--kept", "2", "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"n_layer": 2, "mlp_only_layers": [1]}
     printed = capsys.readouterr().out
     assert "prune: 1/1  model.safetensors" in printed
+    assert "left out: model.gguf, onnx/\n" in printed
     assert "config.json: mlp_only_layers = [1] left as is, check whether that fits" in printed
+
+
+def test_a_training_checkpoint(tmp_path, capsys):
+    """Its optimizer has groups without names, its average no names, and its options have tensors."""
+    groups = [{"params": [0]}, {"params": [1, 2]}]
+    content = {
+        "model": {f"layers.{n}.w": torch.ones(2) for n in range(3)},
+        "optimizer": {"state": {}, "param_groups": groups},
+        "ema": [torch.ones(2)] * 3,
+        "args": {"n_layer": 3, "dense_layers": [torch.ones(1), 2]},
+    }
+    torch.save(content, tmp_path / "in.pt")
+    command = ["prune", str(tmp_path / "in.pt"), "--kept", "2", "--out", str(tmp_path / "out.pt")]
+    assert cli.main(command) == 2
+    assert "--without-optimizer" in capsys.readouterr().err
+    assert cli.main([*command, "--without-optimizer"]) == 0
+    assert set(torch.load(tmp_path / "out.pt")) == {"model", "ema", "args"}
+    printed = capsys.readouterr().out
+    assert 'in.pt: dense_layers = ["tensor([1.])", 2], ema = "3 tensors"' in printed
 
 
 def test_files_that_are_broken_are_named(source, capsys):
@@ -120,3 +143,22 @@ def test_safetensors_is_asked_for_where_it_is_needed(source, capsys, monkeypatch
     for other in (source, source.parent):
         assert call(other, "--kept", "1") == 2
         assert "prune needs safetensors: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_model_of_this_program_has_its_record_as_soon_as_it_has_its_name(tmp_path, monkeypatch, folder):
+    state = {f"stack.layers.{n}.w": torch.full((2,), float(n)) for n in range(4)}
+    source, out = (tmp_path / f"{name}{'' if folder else '.safetensors'}" for name in ("in", "out"))
+    if folder:
+        source.mkdir()
+    save_checkpoint(source / "model.safetensors" if folder else source, state, {"settings": {"num_layers": 4}, "x": 1})
+
+    def interrupted(path):
+        if out.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("layerdrop_fast.prune.new_output.sync_folder", interrupted)
+    assert cli.main(["prune", str(source), "--keep", "1,3", "--out", str(out)]) == 130
+    tensors, record = load_checkpoint(out / "model.safetensors" if folder else out)
+    assert record == {"settings": {"num_layers": 2}, "x": 1, "kept": [1, 3]}
+    assert [tensors[f"stack.layers.{n}.w"][0].item() for n in range(2)] == [1, 3]
