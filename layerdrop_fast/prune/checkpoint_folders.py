@@ -12,7 +12,7 @@ from typing import Any
 
 from layerdrop_fast._progress import stage
 from layerdrop_fast.prune import safetensors_files, torch_files
-from layerdrop_fast.prune.config import left_as_is, prune_config
+from layerdrop_fast.prune.config import left_as_is, now_alike, prune_config
 from layerdrop_fast.prune.new_output import new_output
 from layerdrop_fast.prune.pruned import Choose, Metadata, Pruned, planned
 
@@ -22,7 +22,10 @@ OTHERS = frozenset(
     | {".yaml", ".yml"}
 )
 LICENSES = ("LICENSE", "NOTICE")
-TRAINER = "trainer_state.json"  # of the training of the whole network
+# Of the training of the whole network, and what that was worth.
+OF_THE_WHOLE = frozenset(
+    {"all_results.json", "eval_results.json", "metrics.json", "train_results.json", "trainer_state.json"}
+)
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,17 @@ def prune_folder(source: Path, out: Path, choose: Choose, progress: bool, metada
             shutil.copy2(other, temporary / other.name)
     left_out = tuple(f"{other.name}{'/' * other.is_dir()}" for other in others if not _goes_along(other))
     if whole is not None and smaller is not None:
-        cut = replace(cut, left_as_is={**cut.left_as_is, **left_as_is(whole, smaller, cut.layers)})
+        cut = replace(
+            cut,
+            left_as_is={**cut.left_as_is, **left_as_is(whole, smaller, cut.layers)},
+            now_alike=now_alike(whole, smaller),
+        )
     return replace(cut, left_out=left_out)
 
 
 def _goes_along(path: Path) -> bool:
     """Whether a file is copied; weights of other kinds, optimizers, logs and folders are not."""
-    if not path.is_file() or path.name == TRAINER or path.name.endswith(".index.json"):
+    if not path.is_file() or path.name in OF_THE_WHOLE or path.name.endswith(".index.json"):
         return False
     return path.suffix in OTHERS or path.stem in LICENSES
 

@@ -77,6 +77,21 @@ def left_as_is(config: Mapping[str, Any], pruned: Mapping[str, Any], num_layers:
     }
 
 
+def now_alike(config: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, tuple[list[Any], Any]]:
+    """Lists with an entry for each layer that had several values and have one: {name: (the values, that one)}."""
+    return {
+        f"{place}.{name}".lstrip("."): (several, cut[name][0])
+        for (place, part), (_, cut) in zip(_parts(dict(config), ""), _parts(dict(pruned), ""), strict=True)
+        for name, value in part.items()
+        if isinstance(value, list) and cut[name] != value
+        if len(several := _different(value)) > len(_different(cut[name])) == 1
+    }
+
+
+def _different(values: Sequence[Any]) -> list[Any]:
+    return [value for place, value in enumerate(values) if value not in values[:place]]
+
+
 def _may_be_of_layers(name: str, value: Any, prefix: str, total: int) -> bool:
     said = any(word in name for word in OF_LAYERS)
     if _is_count(value):

@@ -26,6 +26,8 @@ class Pruned:
     bytes_after: int
     # What may be of layers too: settings that number or count them, {name: value}, and tensors, {place: how many}.
     left_as_is: Mapping[str, Any] = field(default_factory=dict)
+    # Kinds of layers of which one is left, by the name in the config: (all kinds, that one).
+    now_alike: Mapping[str, tuple[Sequence[Any], Any]] = field(default_factory=dict)
     left_out: Sequence[str] = ()  # what a folder has and ``out`` has not, folders with a slash
 
 

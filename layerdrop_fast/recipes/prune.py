@@ -71,6 +71,8 @@ def run(options: Options) -> None:
         listed = ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in found.left_as_is.items())
         where = "config.json" if source.is_dir() else source.name
         print(f"{where}: {listed} left as is, check whether that fits the layers that are left")
+    for name, (kinds, left) in found.now_alike.items():
+        print(f"config.json: {name} had {_listed(kinds)}, only {left} is left: choose other layers with --keep")
     if found.left_out:
         print(f"left out: {', '.join(found.left_out)}")
     print(
@@ -119,5 +121,5 @@ def _keep(options: Options, lists: Mapping[str, int]) -> dict[str, Sequence[int]
     return {prefix: STRATEGIES[options.strategy or "every-other"](lists[prefix], kept) for prefix in chosen}
 
 
-def _listed(keep: Sequence[int]) -> str:
+def _listed(keep: Sequence[Any]) -> str:
     return ", ".join(map(str, keep))

@@ -135,7 +135,15 @@ def test_what_goes_along_and_what_is_left_out(tmp_path):
     save_file(WHOLE, source / "model.safetensors")
     along = ["README.md", "LICENSE", "NOTICE.txt", "chat_template.jinja", "generation_config.json", "merges.txt"]
     along += ["modeling_x.py", "qwen.tiktoken", "spiece.model", "bpe.codes"]
-    left = ["model.gguf", "model.onnx", "rust_model.ot", "trainer_state.json", "optimizer.pt", "training_args.bin"]
+    left = [
+        "model.gguf",
+        "model.onnx",
+        "rust_model.ot",
+        "trainer_state.json",
+        "metrics.json",
+        "optimizer.pt",
+        "training_args.bin",
+    ]
     left += [
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",

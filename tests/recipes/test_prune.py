@@ -102,6 +102,19 @@ def test_a_folder(tmp_path, capsys):
     assert "config.json: mlp_only_layers = [1] left as is, check whether that fits" in printed
 
 
+@pytest.mark.parametrize(("keep", "told"), [("0,2", "full"), ("1,3", "sliding"), ("0,1", None)])
+def test_one_kind_of_layers_that_is_left_is_told(tmp_path, capsys, keep, told):
+    (tmp_path / "in").mkdir()
+    save_file({f"h.{n}.w": torch.ones(2) for n in range(4)}, tmp_path / "in/model.safetensors")
+    kinds = {"layer_types": ["full", "sliding"] * 2, "layer_widths": [8] * 4}
+    (tmp_path / "in/config.json").write_text(json.dumps({"n_layer": 4, **kinds}))
+    assert cli.main(["prune", str(tmp_path / "in"), "--keep", keep, "--out", str(tmp_path / "out")]) == 0
+    line = f"config.json: layer_types had full, sliding, only {told} is left: choose other layers with --keep\n"
+    printed = capsys.readouterr().out
+    assert (line in printed) if told else ("is left:" not in printed)
+    assert "layer_widths" not in printed
+
+
 def test_a_training_checkpoint(tmp_path, capsys):
     """Its optimizer has groups without names, its average no names, and its options have tensors."""
     groups = [{"params": [0]}, {"params": [1, 2]}]
