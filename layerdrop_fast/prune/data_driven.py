@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from layerdrop_fast._checks import check_count, check_rate
+from layerdrop_fast._checks import check_count, check_range, check_rate
 from layerdrop_fast.nn.distributed import several_ranks
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
@@ -167,11 +167,9 @@ class DataDriven(nn.Module):
 
     def keep(self, kept: int) -> list[int]:
         """The ``kept`` layers with the lowest drop rates, ascending; of equal ones the first."""
-        layers = len(self.rates)
-        if not 1 <= check_count(kept, "kept", 1) <= layers:
-            raise ValueError(f"kept is {kept}, expected 1 to {layers}")
         rates = self.rates.tolist()
-        return sorted(sorted(range(layers), key=lambda layer: (rates[layer], layer))[:kept])
+        check_range(kept, "kept", 1, len(rates))
+        return sorted(sorted(range(len(rates)), key=lambda layer: (rates[layer], layer))[:kept])
 
     def _learn(self) -> None:
         if several_ranks():  # who may have drawn the small network from generators of their own

@@ -27,9 +27,19 @@ def checked_keep(model: nn.Module, keep: Keep) -> dict[str, list[int]]:
     lists = {name: layers_of(model, name) for name in by_name}
     _check_apart(lists)
     return {
-        stack_of(model, name): check_indices(indices, f"layers to keep of {name!r}", len(lists[name]))
+        stack_of(model, name): check_indices(indices, f"layers to keep of {said(model, name)}", len(lists[name]))
         for name, indices in by_name.items()
     }
+
+
+def named_list(model: nn.Module, layers: str | None) -> str:
+    """The list of layers that a caller names, by the name of its stack where it has one; None: the only one."""
+    return only_list(model) if layers is None else stack_of(model, layers)
+
+
+def said(model: nn.Module, name: str) -> str:
+    """A list of layers in words: its name, or what it is where the model itself is meant."""
+    return repr(name) if name else f"the {type(model).__name__}"
 
 
 def only_list(model: nn.Module) -> str:

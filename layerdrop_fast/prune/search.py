@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from layerdrop_fast._checks import check_choice, check_count
+from layerdrop_fast._checks import check_choice, check_count, check_range
 from layerdrop_fast.prune.every_other import every_other
-from layerdrop_fast.prune.lists import layers_of, only_list, stack_of
+from layerdrop_fast.prune.lists import layers_of, named_list, said
 from layerdrop_fast.prune.scores import Scores
 from layerdrop_fast.prune.shared_prefixes import Evaluate
 from layerdrop_fast.prune.subsets import Subset, random_subsets
@@ -126,10 +126,9 @@ def search(
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3, "Search on Valid".
     """
     check_choice(method, "method", METHODS)
-    name = only_list(model) if layers is None else stack_of(model, layers)
+    name = named_list(model, layers)
     depth = len(layers_of(model, name))
-    if not 1 <= check_count(kept, "kept", 1) <= depth:
-        raise ValueError(f"kept is {kept}, expected 1 to {depth}, the layers of {name!r}")
+    check_range(kept, "kept", 1, depth, f", the layers of {said(model, name)}")
     for number, what in ((top, "top"), (width, "width"), (trials, "trials")):
         check_count(number, what, 1)
     given: dict[str, Any] = {

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from layerdrop_fast._checks import check_count
+from layerdrop_fast._checks import check_range
 from layerdrop_fast.nn.stack import LayerDropStack
-from layerdrop_fast.prune.lists import Keep, checked_keep, cut, layers_of, only_list
+from layerdrop_fast.prune.lists import Keep, checked_keep, cut, layers_of, named_list, said
 
 STATE = ("schedule", "parts", "_proven", "_statistics")  # of a stack, beside its layers
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,9 +72,7 @@ def early_exit(model: Model, layer: int, layers: str | None = None) -> Iterator[
 
     Source: Elhoushi et al. 2024 (arXiv 2404.16710).
     """
-    name = only_list(model) if layers is None else layers
-    depth = len(layers_of(model, name))
-    if not 1 <= check_count(layer, "layer", 1) <= depth:
-        raise ValueError(f"layer is {layer}, expected 1 to {depth}, the layers of {name!r}")
+    name = named_list(model, layers)
+    check_range(layer, "layer", 1, len(layers_of(model, name)), f", the layers of {said(model, name)}")
     with skip_layers(model, {name: range(layer)}) as smaller:
         yield smaller

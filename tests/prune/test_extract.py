@@ -1,5 +1,6 @@
 """extract: the smaller network equals the large one with the other layers skipped."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -95,6 +96,13 @@ def test_a_stack_by_the_name_of_its_inner_list():
     assert small.schedule(0).tolist() == [0.1]
 
 
+@pytest.mark.parametrize("mask", [[False, True], torch.tensor([False, True]), np.array([False, True])])
+def test_a_mask_is_no_list_of_layers(mask):
+    with pytest.raises(TypeError, match=r"layers to keep of the LayerDropStack have .*False.*, not a mask"):
+        extract(LayerDropStack(blocks(2), 0.2), mask)
+    assert len(extract(LayerDropStack(blocks(2), 0.2), torch.tensor([1])).layers) == 1
+
+
 def test_a_layer_used_elsewhere_would_be_shared():
     model = nn.ModuleDict({"stack": LayerDropStack(blocks(4), 0.2)})
     model["last"] = model["stack"].layers[3]
@@ -121,7 +129,7 @@ def test_lists_that_must_be_named_are_told():
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ([0, 4], r"of '' are \[0, 4\], expected at least one of 0 to 3, ascending"),
+        ([0, 4], r"of the LayerDropStack are \[0, 4\], expected at least one of 0 to 3, ascending"),
         ([1, 0], r"are \[1, 0\], expected"),
         ([1, 1], r"are \[1, 1\], expected"),
         ([], r"are \[\], expected"),

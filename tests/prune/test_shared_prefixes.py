@@ -165,7 +165,9 @@ def test_other_arguments_of_a_stack_are_refused():
     prefixes = SharedPrefixes(stack, "", changing, 1 << 20)
     prefixes._next_check = 1e9
     prefixes((0, 1))
-    with pytest.raises(ValueError, match="call 0 of '' has other inputs than in the first evaluation"):
+    with pytest.raises(
+        ValueError, match="call 0 of the TransformerStack has other inputs than in the first evaluation"
+    ):
         prefixes((1, 2))
 
 
@@ -282,7 +284,7 @@ def test_a_stack_with_a_cache_is_refused():
     torch.manual_seed(0)
     stack = TransformerStack(3, 8, 2, 16, dropout=0.0).eval()
     x = torch.randn(2, 3, 8)
-    with pytest.raises(ValueError, match="'' is called with a cache, expected none"):
+    with pytest.raises(ValueError, match="the TransformerStack is called with a cache, expected none"):
         search(stack, lambda stack: stack(x, cache=KVCache(8)).mean().item(), kept=2)
 
 
