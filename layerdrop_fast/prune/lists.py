@@ -59,6 +59,29 @@ def _lists_in(model: nn.Module) -> str:
     return ", ".join(map(repr, found)) or "none"
 
 
+def is_list_of_layers(module: nn.Module) -> bool:
+    """Whether a module is a ModuleList, or a Sequential of modules of one kind."""
+    kinds = {type(child) for child in module.children()}
+    return isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(module) > 1 == len(kinds))
+
+
+def path_to(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules from the model down to the one that holds ``name``; of ``torch.compile(module)`` the module too."""
+    names = name.split(".") if name else []
+    found = []
+    for length in range(len(names)):
+        holder = ".".join(names[:length])
+        module = model.get_submodule(holder)
+        found += [(holder, module), *((holder, module) for module in wrapped_in(module))]
+    return found
+
+
+def wrapped_in(module: nn.Module) -> list[nn.Module]:
+    """What ``torch.compile(module)`` wraps; nothing of others."""
+    inner = module._modules.get("_orig_mod")
+    return [] if inner is None else [inner]
+
+
 def stack_of(model: nn.Module, name: str) -> str:
     """The name of the stack where ``name`` is that of a LayerDropStack's inner list, else ``name``."""
     owner, _, last = name.rpartition(".")

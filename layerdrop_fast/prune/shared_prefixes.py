@@ -15,7 +15,7 @@ from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.transformer_stack import TransformerStack
 from layerdrop_fast.prune.fingerprints import Seen, fingerprint, version
 from layerdrop_fast.prune.lists import layers_of, said
-from layerdrop_fast.prune.skip_layers import skip_layers
+from layerdrop_fast.prune.skip_layers import only_layers, skip_layers
 
 Evaluate: TypeAlias = Callable[[nn.Module], float]
 Forward: TypeAlias = Callable[..., Any]
@@ -145,7 +145,7 @@ class SharedPrefixes:
 
         def only(place: int) -> Forward:
             def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                with skip_layers(stack, {"": [place]}):
+                with only_layers(stack, {"": [place]}):
                     return forward(x, *args, **kwargs)
 
             return run
