@@ -29,7 +29,8 @@ def extract(model: Model, keep: Keep) -> Model:
         small = extract(model, {"encoder.layers": [0, 3], "decoder.layers": [0, 1, 5]})
 
     Args:
-        model: a module that is or holds a LayerDropStack, a LayerDropModuleList or a ModuleList.
+        model: a module that is or holds a LayerDropStack, a LayerDropModuleList, a ModuleList or a Sequential of
+            layers.
         keep: 0-based indices, ascending, at least one; or such a list for each of several lists of layers, by their
             names in ``model.named_modules()``. Without a name, the model must hold exactly one LayerDropStack or
             LayerDropModuleList.

@@ -15,6 +15,7 @@ from layerdrop_fast.schedule import DropSchedule, per_layer
 
 # Which layers to keep: of the only list, or of each list by its name.
 Keep: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
+Layers: TypeAlias = nn.ModuleList | nn.Sequential
 
 
 def checked_keep(model: nn.Module, keep: Keep) -> dict[str, list[int]]:
@@ -55,7 +56,11 @@ def only_list(model: nn.Module) -> str:
 
 def _lists_in(model: nn.Module) -> str:
     """What may be named."""
-    found = [name for name, module in model.named_modules() if isinstance(module, LayerDropStack | nn.ModuleList)]
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LayerDropStack) or is_list_of_layers(module)
+    ]
     return ", ".join(map(repr, found)) or "none"
 
 
@@ -89,7 +94,7 @@ def stack_of(model: nn.Module, name: str) -> str:
     return owner if inner else name
 
 
-def layers_of(model: nn.Module, name: str) -> nn.ModuleList:
+def layers_of(model: nn.Module, name: str) -> Layers:
     """The layers of a LayerDropStack or a list of layers, by its name."""
     try:
         module = model.get_submodule(name)
@@ -98,7 +103,7 @@ def layers_of(model: nn.Module, name: str) -> nn.ModuleList:
             f"{type(model).__name__} has no module {name!r}; found the lists of layers {_lists_in(model)}"
         ) from None
     layers = module.layers if isinstance(module, LayerDropStack) else module
-    if not isinstance(layers, nn.ModuleList):
+    if not isinstance(layers, Layers):
         raise ValueError(f"{name!r} is a {type(module).__name__}, expected a LayerDropStack or a list of layers")
     return layers
 
@@ -113,13 +118,14 @@ def cut(module: nn.Module, keep: Sequence[int]) -> None:
             module.parts = module.parts.cut(keep)
         module._proven = set()
         module.reset_stats()
-    elif isinstance(module, nn.ModuleList):
+    elif isinstance(module, Layers):
         layers = every_layer(module)
-        # A dict of its own: where the list is to be as it was before, the old one is put back.
-        module._modules = {str(number): layers[index] for number, index in enumerate(keep)}
+        # A dict of its own: where the list is to be as it was before, the old one is put back. The names are the first
+        # ones: those of a Sequential may be words.
+        module._modules = dict(zip(module._modules, (layers[index] for index in keep), strict=False))
 
 
-def _check_apart(lists: Mapping[str, nn.ModuleList]) -> None:
+def _check_apart(lists: Mapping[str, Layers]) -> None:
     """No list stands under two names, or within another one, whose layers would be others when it is cut."""
     for name, layers in lists.items():
         for other, within in lists.items():

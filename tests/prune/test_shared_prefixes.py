@@ -280,6 +280,24 @@ def test_nothing_is_compiled_anew_for_each_subset(what):
         assert [module._compiled_call_impl for module in model.modules()] == compiled
 
 
+@pytest.mark.parametrize("called", [True, False])
+def test_a_sequential_shares_prefixes_too(called):
+    class Of(Model):
+        def forward(self, x):
+            x = self.first(x)
+            if called:
+                return self.last(self.layers(x))
+            for layer in self.layers:
+                x = layer(x)
+            return self.last(x)
+
+    model = Of(nn.Sequential(*blocks(5)))
+    found = search(model, evaluate, kept=3, layers="layers")
+    assert (found.layers_run, found.layers_asked) == (19, 30)
+    for row in found.ranked:
+        assert row.value == pytest.approx(evaluate(extract(model, {"layers": row.keep})), rel=1e-6)
+
+
 def test_a_stack_with_a_cache_is_refused():
     torch.manual_seed(0)
     stack = TransformerStack(3, 8, 2, 16, dropout=0.0).eval()
