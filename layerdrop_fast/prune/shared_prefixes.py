@@ -14,7 +14,7 @@ from layerdrop_fast.nn.layer_drop_list import every_layer
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.transformer_stack import TransformerStack
 from layerdrop_fast.prune.fingerprints import Seen, fingerprint, version
-from layerdrop_fast.prune.lists import layers_of, said
+from layerdrop_fast.prune.lists import layers_of, path_to, said, wrapped_in
 from layerdrop_fast.prune.skip_layers import only_layers, skip_layers
 
 Evaluate: TypeAlias = Callable[[nn.Module], float]
@@ -126,15 +126,17 @@ class SharedPrefixes:
     @contextmanager
     def _eager(self) -> Iterator[None]:
         """What would be compiled anew for each subset is not: the list's layers, the stack, and what holds them."""
-        path = self.name.split(".") if self.name else []
-        modules = [self.model.get_submodule(".".join(path[:length])) for length in range(len(path) + 1)]
+        last = self.model.get_submodule(self.name)
+        modules = [*(module for _, module in path_to(self.model, self.name)), last]
         with ExitStack() as undo:
-            if not isinstance(modules[-1], LayerDropStack):
+            if not isinstance(last, LayerDropStack):
                 modules += every_layer(layers_of(self.model, self.name))
-            elif isinstance(modules[-1], TransformerStack):
-                undo.enter_context(_replaced(modules[-1], "_compiled", None))
+            elif isinstance(last, TransformerStack):
+                undo.enter_context(_replaced(last, "_compiled", None))
             for module in modules:
                 undo.enter_context(_replaced(module, "_compiled_call_impl", None))
+                for inner in wrapped_in(module):
+                    undo.enter_context(_replaced(module, "forward", inner))
             yield
 
     def _forward_of(self, stack: LayerDropStack) -> Forward:

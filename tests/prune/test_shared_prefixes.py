@@ -280,6 +280,36 @@ def test_nothing_is_compiled_anew_for_each_subset(what):
         assert [module._compiled_call_impl for module in model.modules()] == compiled
 
 
+@pytest.mark.parametrize("what", ["the model", "what holds the list", "a stack", "a layer"])
+def test_what_torch_compile_wraps_runs_uncompiled(what):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, name = Model(LISTS["stack" if what == "a stack" else "ModuleList"](4)).eval(), "layers"
+    expected = {row.keep[0]: row.value for row in search(model, evaluate, kept=1, layers=name).ranked}
+    if what == "the model":
+        compiled = [torch.compile(model, backend=backend)] * 2
+        pairs = [(compiled[0], "layers"), (compiled[1], "_orig_mod.layers")]
+    elif what == "what holds the list":
+        pairs = [(nn.Sequential(torch.compile(model, backend=backend)), "0.layers")]
+    elif what == "a stack":
+        pairs = [(torch.compile(model, backend=backend), None)]
+    else:
+        model.layers[2] = torch.compile(model.layers[2], backend=backend)
+        pairs = [(model, "layers")]
+    for outer, name in pairs:
+        found = search(outer, evaluate, kept=1, layers=name)
+        assert {row.keep[0]: row.value for row in found.ranked} == pytest.approx(expected)
+        assert not graphs
+        assert torch.equal(outer(BATCHES[0]), model(BATCHES[0]))
+        assert graphs
+        graphs.clear()
+        torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("called", [True, False])
 def test_a_sequential_shares_prefixes_too(called):
     class Of(Model):
