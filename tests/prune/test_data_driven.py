@@ -1,5 +1,6 @@
 """DataDriven: rates that are learned, with a mean that stays."""
 
+import copy
 import math
 import pickle
 
@@ -313,6 +314,64 @@ def test_a_loss_of_another_shape_is_refused(granularity):
         driven.backward(1.0)
     driven.backward(right)
     assert driven.state_dict()["steps"] == 1
+
+
+def test_a_loss_of_another_number_of_samples_is_refused():
+    stack, driven, _ = made("sample")
+    stack(torch.randn(4, 6))
+    before = {name: value.clone() for name, value in driven.state_dict().items()}
+    for wrong in (torch.ones(2), torch.ones(5), torch.ones(0)):
+        with pytest.raises(ValueError, match=rf"loss: got \[{len(wrong)}\], expected \[4\], as the last forward's"):
+            driven.backward(wrong)
+    assert all(torch.equal(value, before[name]) for name, value in driven.state_dict().items())
+    driven.backward(torch.ones(4))
+    assert driven.state_dict()["regression.new"][0, 0] == 4
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_each_forward_has_one_loss(granularity):
+    stack, driven, _ = made(granularity)
+    loss = torch.ones(()) if granularity == "batch" else torch.ones(3)
+    for forwards in (1, 2):  # of two, the last one is taken, and not once more for the first
+        for _ in range(forwards):
+            stack(torch.randn(3, 6))
+        driven.backward(loss)
+        before = {name: value.clone() for name, value in driven.state_dict().items()}
+        with pytest.raises(
+            RuntimeError, match=f"a second loss after training forward {forwards * 2 - 2}, expected one"
+        ):
+            driven.backward(loss)
+        assert all(torch.equal(value, before[name]) for name, value in driven.state_dict().items())
+    stack.eval()(torch.randn(3, 6))
+    with pytest.raises(RuntimeError, match="a second loss after training forward 2"):
+        driven.backward(loss)
+    with pytest.raises(RuntimeError, match="no training forward of the stack"):
+        DataDriven(copy.deepcopy(stack), 0.5, width=6).backward(loss)
+
+
+def test_the_decisions_are_those_that_were_made_whatever_the_counters_say():
+    stack, driven, _ = made("sample")
+    stack(torch.randn(3, 6))
+    kept = stack.plan(0, batch_size=3).keep.double()
+    stack.counters.set_step(7)
+    driven.backward(torch.ones(3))
+    torch.testing.assert_close(driven.state_dict()["regression.new"][0, 1:-1], (kept - 0.5).sum(1))
+
+
+def test_a_stack_that_is_compiled_as_one_is_refused():
+    stack, driven, _ = made(targets=0.5)
+    stack.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="the stack is compiled as one, expected it not to be"):
+        stack(torch.randn(3, 5, 6))
+    with pytest.raises(RuntimeError, match="the stack is compiled as one, expected it not to be"):
+        DataDriven(stack, 0.5)
+    assert stack.counters.forwards == 0
+    small = extract(stack, [0, 2])
+    small.compile(backend="eager")
+    small(torch.randn(3, 5, 6))
+    assert not small._forward_pre_hooks
+    assert not any(layer._forward_hooks for layer in small.layers)
+    assert driven is not None  # which is looking
 
 
 @pytest.mark.parametrize(
