@@ -53,16 +53,18 @@ class SearchResult:
         return self.ranked[0].keep
 
     def table(self, rows: int = 10) -> str:
-        """The best candidates and Every Other, as text."""
+        """The best candidates and Every Other, and below them how many layers ran, as text."""
         held_out = self.every_other.held_out is not None
         titles = ["rank", "value", *(["held out"] if held_out else []), "layers"]
-        lines = [[f"{rank}", *_cells(row)] for rank, row in enumerate(self.ranked[:rows], 1)]
-        lines.append(["every other", *_cells(self.every_other)])
+        lines = [[f"{rank}", *_cells(row, held_out)] for rank, row in enumerate(self.ranked[:rows], 1)]
+        lines.append(["every other", *_cells(self.every_other, held_out)])
         widths = [max(len(line[column]) for line in [titles, *lines]) for column in range(len(titles) - 1)]
-        return "\n".join(
+        table = [
             "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
             for line in [titles, *lines]
-        )
+        ]
+        ran = f"{self.layers_run:,} layer evaluations where separate runs have {self.layers_asked:,}"
+        return "\n".join([*table, ran])
 
 
 def search(
@@ -188,6 +190,6 @@ def _order(value: float, subset: Subset) -> tuple[bool, float, Subset]:
     return math.isnan(value), value, subset
 
 
-def _cells(row: Scored) -> list[str]:
-    values = [row.value, *([] if row.held_out is None else [row.held_out])]
-    return [*(f"{value:.4f}" for value in values), " ".join(map(str, row.keep))]
+def _cells(row: Scored, held_out: bool) -> list[str]:
+    values = [row.value, *([row.held_out] if held_out else [])]
+    return [*("" if value is None else f"{value:.4f}" for value in values), " ".join(map(str, row.keep))]

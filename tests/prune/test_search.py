@@ -9,9 +9,8 @@ from torch import nn
 
 from layerdrop_fast import LayerDropModuleList, LayerDropStack, TransformerStack
 from layerdrop_fast.models import TransformerLM
-from layerdrop_fast.prune import every_other, extract, pruning_curve, search
+from layerdrop_fast.prune import Scored, SearchResult, every_other, extract, pruning_curve, search
 from layerdrop_fast.prune.scores import Scores
-from layerdrop_fast.prune.search import Scored, SearchResult
 from layerdrop_fast.prune.shared_prefixes import SharedPrefixes
 from tests.prune.blocks import blocks
 
@@ -19,7 +18,7 @@ BATCHES = [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) for n i
 
 
 class Model(nn.Module):
-    """Something before and behind the layers."""
+    """Something before and after the layers."""
 
     def __init__(self, layers):
         super().__init__()
@@ -179,8 +178,9 @@ def test_a_held_out_split_judges_the_best_and_every_other():
     lines = found.table(2).splitlines()
     assert lines[0].split() == ["rank", "value", "held", "out", "layers"]
     assert lines[1].split()[3:] == [str(layer) for layer in found.keep]
-    assert lines[-1].startswith("every other")
-    assert len(lines) == 4
+    assert lines[-2].startswith("every other")
+    assert lines[-1] == "14 layer evaluations where separate runs have 20"
+    assert len(lines) == 5
 
 
 def test_no_number_ranks_last():
@@ -375,19 +375,21 @@ def test_the_states_of_the_search_are_freed_before_the_held_out_split_is_judged(
 
 
 def test_the_columns_of_a_table_are_as_wide_as_their_widest_cell():
+    ran = "\n24,309 layer evaluations where separate runs have 102,960"
     ranked = [Scored([0, 10], 1.5, 12345.0), Scored([2, 3], 123.25, 2.0)]
-    assert SearchResult(ranked, Scored([1, 2], 2.0, 3.0), 0, 0).table() == (
+    assert SearchResult(ranked, Scored([1, 2], 2.0, 3.0), 24309, 102960).table() == (
         "       rank     value    held out  layers\n"
         "          1    1.5000  12345.0000  0 10\n"
         "          2  123.2500      2.0000  2 3\n"
-        "every other    2.0000      3.0000  1 2"
+        "every other    2.0000      3.0000  1 2" + ran
     )
-    ranked = [Scored([0], 1.5, 2.5)]
-    assert SearchResult(ranked, Scored([1], 2.0, 3.0), 0, 0).table() == (
-        "       rank   value  held out  layers\n          1  1.5000    2.5000  0\nevery other  2.0000    3.0000  1"
+    ranked = [Scored([0], 1.5, 2.5), Scored([2], 1.75)]  # of which only the best was judged
+    assert SearchResult(ranked, Scored([1], 2.0, 3.0), 24309, 102960).table() == (
+        "       rank   value  held out  layers\n"
+        "          1  1.5000    2.5000  0\n"
+        "          2  1.7500            2\n"
+        "every other  2.0000    3.0000  1" + ran
     )
-    assert SearchResult([Scored([0], 1.5)], Scored([1], 2.0), 0, 0).table().splitlines()[0].split() == [
-        "rank",
-        "value",
-        "layers",
-    ]
+    assert SearchResult([Scored([0], 1.5)], Scored([1], 2.0), 24309, 102960).table() == (
+        "       rank   value  layers\n          1  1.5000  0\nevery other  2.0000  1" + ran
+    )
