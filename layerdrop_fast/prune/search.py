@@ -38,7 +38,8 @@ class SearchResult:
     Attributes:
         ranked: the candidates, the best first. Of "greedy" and "beam" those of the last round.
         every_other: the Every Other strategy, for comparison.
-        layers_run: layers that ran, counted once an evaluation; without those of checks.
+        layers_run: layers that ran, counted once an evaluation; without those of checks, of ``held_out``, and of scores
+            that a ``resume`` file has.
         layers_asked: as many as would without shared prefixes.
     """
 
@@ -121,7 +122,8 @@ def search(
     Raises:
         ValueError: a value out of range; more than a million subsets; inputs that change; scores that shared prefixes
             change; an ``evaluate`` that runs no layer; no candidate with a finite score; a ``resume`` file of another
-            model or ``evaluate``. TypeError: a value of another kind.
+            model or ``evaluate``. TypeError: a value of another kind. OSError: the ``resume`` file cannot be read or
+            written, which shows before anything runs.
 
     Randomness: "random" draws from numpy's PCG64 with ``seed``.
 
