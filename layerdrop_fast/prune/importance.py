@@ -36,10 +36,12 @@ class Importance:
 
     @property
     def standard_errors(self) -> FloatArray:
-        """Of the means, float64 [L], as if sub-networks were independent: balanced ones make it smaller than that."""
-        counts = np.maximum(np.sum(~np.isnan(self.values), axis=1), 2)
-        spread = np.nanstd(self.values, axis=1) * np.sqrt(counts / (counts - 1))
-        return spread / np.sqrt(counts)  # type: ignore[no-any-return]
+        """Of the means, float64 [L], as if sub-networks were independent: balanced ones make it smaller than that.
+
+        NaN where there is one sub-network only.
+        """
+        counts = np.sum(~np.isnan(self.values), axis=1)
+        return np.nanstd(self.values, axis=1) / np.sqrt(np.where(counts > 1, counts - 1, np.nan))  # type: ignore[no-any-return]
 
 
 def layer_importance(
