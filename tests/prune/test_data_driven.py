@@ -212,6 +212,18 @@ def test_a_loss_that_is_not_finite_is_left_out():
     assert driven.slopes.isfinite().all()
 
 
+def test_the_mean_of_the_losses_is_not_drawn_to_zero():
+    """A loss that no decision changes has slopes of zero, however large it is."""
+    torch.manual_seed(0)
+    stack = LayerDropStack([Gain(1.0), Gain(2.0)], 0.5, seed=0)
+    driven = DataDriven(stack, 0.5, every=4, width=1)
+    for _ in range(4):
+        stack(torch.zeros(1, 1, requires_grad=True))
+        driven.backward(torch.tensor(1000.0))
+    assert driven.regression.normal[1:-1, 0].any()  # the decisions' own means are not those of the rates
+    torch.testing.assert_close(driven.slopes, torch.zeros(2, dtype=torch.float64), rtol=0.0, atol=1e-6)
+
+
 def test_losses_are_read_when_rates_are_set_only():
     """A tensor on the meta device has no value to wait for."""
     stack, driven, _ = made()
@@ -372,6 +384,13 @@ def test_a_stack_that_is_compiled_as_one_is_refused():
     assert not small._forward_pre_hooks
     assert not any(layer._forward_hooks for layer in small.layers)
     assert driven is not None  # which is looking
+
+
+def test_of_equal_rates_the_first_layers_are_kept():
+    driven = DataDriven(LayerDropStack([Branch() for _ in range(5)], 0.2), 0.5, width=6)
+    assert driven.keep(2) == [0, 1]
+    driven.rates.copy_(torch.tensor([0.9, 0.4, 0.4, 0.4, 0.4]))
+    assert driven.keep(2) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,21 @@ def test_a_held_out_split_judges_the_best_and_every_other():
     assert len(lines) == 5
 
 
+@pytest.mark.parametrize("method", ["exhaustive", "greedy"])
+def test_every_other_is_judged_where_it_is_not_among_the_best(method):
+    """Nor, for greedy, among the candidates."""
+    model = Model(LISTS["ModuleList"](4))
+    first = next(iter(model.layers))
+
+    def with_the_first_layer(model):
+        return 0 * evaluate(model) + float(first in set(model.layers))
+
+    found = search(model, with_the_first_layer, kept=2, layers="layers", method=method, held_out=evaluate, top=1)
+    assert found.every_other.keep == [0, 2] != found.keep
+    assert found.every_other.held_out == pytest.approx(evaluate(extract(model, {"layers": [0, 2]})))
+    assert found.ranked[0].held_out == pytest.approx(evaluate(extract(model, {"layers": found.keep})))
+
+
 def test_no_number_ranks_last():
     for nothing in (math.nan, math.inf):
         with pytest.raises(ValueError, match=f"the best of 4 candidates scores {nothing}, expected a finite number"):
