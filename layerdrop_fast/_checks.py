@@ -33,17 +33,30 @@ def check_count(value: int, name: str, minimum: int) -> int:
     return number
 
 
+def check_range(value: int, name: str, lowest: int, highest: int, of: str = "") -> int:
+    """An integer from ``lowest`` to ``highest``, which is ``of`` something."""
+    number = check_count(value, name, lowest)
+    if number > highest:
+        raise ValueError(f"{name} is {number}, expected {lowest} to {highest}{of}")
+    return number
+
+
 def check_indices(value: Iterable[int], name: str, count: int) -> list[int]:
     """At least one of 0 to ``count - 1``, ascending, each once, as a list."""
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
         raise TypeError(f"{name} are {value!r} of type {type(value).__name__}, expected a list of integers")
     indices = list(value)
-    if masks := [index for index in indices if type(index).__name__ in ("bool", "bool_")]:
+    if masks := [index for index in indices if _is_bool(index)]:
         raise TypeError(f"{name} have {masks[0]}, expected integers, not a mask")
     indices = [check_integer(index, name) for index in indices]
     if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= count:
         raise ValueError(f"{name} are {indices}, expected at least one of 0 to {count - 1}, ascending, each once")
     return indices
+
+
+def _is_bool(value: object) -> bool:
+    """Python's, numpy's or an element of a tensor."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def check_word(value: int, name: str) -> int:

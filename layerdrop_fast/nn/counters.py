@@ -30,6 +30,8 @@ class StepCounters(nn.Module):
     checkpointing runs during backward, gets the plan of the forward that it repeats and counts nothing. Where it is
     not certain which one that is, since several forwards still wait for their backward, it raises instead of guessing.
 
+    ``last_plan`` is the plan of the last training forward of this process; a copy has none.
+
     The state dict holds one tensor, int64 [3]: (version, the 64 bits of the seed, n). Weights without it load too, and
     leave the counters as they are.
     """
@@ -42,6 +44,7 @@ class StepCounters(nn.Module):
         self.seed = check_word(seed, "seed")
         self.accumulation = check_count(accumulation, "accumulation", 1)
         self.forwards = 0
+        self.last_plan: DropPlan | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -68,6 +71,7 @@ class StepCounters(nn.Module):
     def advance(self, plan: DropPlan, x: Tensor, out: Tensor) -> None:
         """Counts the training forward that made ``out`` of ``x`` by ``plan``."""
         self.forwards += 1
+        self.last_plan = plan
         self._in_backward = None
         forward = _Forward(plan)
         if out.requires_grad:
@@ -105,11 +109,12 @@ class StepCounters(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The forwards belong to graphs, which a copy does not share.
-        waiting = ("_waiting", "_waiting_without_graph", "_in_backward")
+        waiting = ("last_plan", "_waiting", "_waiting_without_graph", "_in_backward")
         return {name: value for name, value in self.__dict__.items() if name not in waiting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.last_plan = None
         self.forget()
 
     def get_extra_state(self) -> Tensor:

@@ -9,13 +9,14 @@ from layerdrop_fast.prune.importance import Importance, layer_importance
 from layerdrop_fast.prune.parts import prune_ffn_chunks, prune_heads
 from layerdrop_fast.prune.plots import plot_curves, plot_importance
 from layerdrop_fast.prune.pruning_curve import pruning_curve
-from layerdrop_fast.prune.search import SearchResult, search
+from layerdrop_fast.prune.search import Scored, SearchResult, search
 from layerdrop_fast.prune.skip_layers import early_exit, skip_layers
 from layerdrop_fast.prune.state_dict import layer_lists, prune_optimizer_state_dict, prune_state_dict
 
 __all__ = [
     "DataDriven",
     "Importance",
+    "Scored",
     "SearchResult",
     "early_exit",
     "every_other",

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from layerdrop_fast._checks import check_count, check_rate
+from layerdrop_fast._checks import check_count, check_range, check_rate
 from layerdrop_fast.nn.distributed import several_ranks
 from layerdrop_fast.nn.residual import Step, add
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.transformer_layer import Visit
+from layerdrop_fast.nn.transformer_stack import TransformerStack
+from layerdrop_fast.plan import DropPlan
 from layerdrop_fast.prune.regression import FadingRegression
 from layerdrop_fast.schedule import DropSchedule, per_layer
 
@@ -59,12 +61,12 @@ class DataDriven(nn.Module):
     own parametrisation was never published.
 
     Args:
-        stack: a LayerDropStack or TransformerStack, eager; its schedule's depth profile is set, its time multiplier
-            stays.
+        stack: a LayerDropStack or TransformerStack; its layers may be compiled, each by itself, not all as one. Its
+            schedule's depth profile is set, its time multiplier stays.
         target_rate: the mean of the drop rates, in (0, 0.95).
         hidden: width of the small network.
         every: steps from one gradient and setting of the rates to the next; it waits for the device, and in the step
-            behind it the layers' outputs are looked at.
+            after it the layers' outputs are looked at.
         momentum: of the running mean of activations.
         memory: steps over which the regression's weights of earlier steps fall to 1 / e.
         width: of the stream; None: the layers' ``d_model``.
@@ -78,7 +80,8 @@ class DataDriven(nn.Module):
     rates; every rank calls ``backward`` as often.
 
     Raises:
-        ValueError: a number out of range. TypeError: another kind of stack or number.
+        ValueError: a number out of range. TypeError: another kind of stack or number. RuntimeError: a stack that is
+            compiled as one, also when it is called.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3, "Data Driven Pruning".
     """
@@ -102,6 +105,7 @@ class DataDriven(nn.Module):
         super().__init__()
         if not isinstance(stack, LayerDropStack):
             raise TypeError(f"stack: got {type(stack).__name__}, expected a LayerDropStack or TransformerStack")
+        _check_not_compiled(stack)
         self.target_rate = check_target_rate(target_rate)
         check_count(hidden, "hidden", 1)
         self.every, self.momentum = check_count(every, "every", 1), check_rate(momentum, "momentum")
@@ -121,7 +125,9 @@ class DataDriven(nn.Module):
         self.register_buffer("looking", torch.ones(layers, dtype=torch.bool))
         self.regression = FadingRegression(layers)
         self._taken = 0
+        self._last_taken: DropPlan | None = None
         self._hooks: dict[int, Any] = {}
+        stack.register_forward_pre_hook(_Before(self))
         self.register_state_dict_pre_hook(lambda module, *_: module.steps.fill_(module._taken))  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(lambda module, _: module._take_up())  # type: ignore[no-untyped-call]
         self._take_up()
@@ -141,8 +147,9 @@ class DataDriven(nn.Module):
             loss: as the forward's plan left it: float [], or [B] at granularity "sample", one a sample.
 
         Raises:
-            ValueError: another shape. TypeError: no tensor. RuntimeError: there was no training forward yet. Nothing
-                has changed then.
+            ValueError: another shape, or another number of samples than the last forward had. TypeError: no tensor.
+                RuntimeError: there was no training forward yet, or its loss was taken already. Nothing has changed
+                then.
         """
         stack = self._stack[0]
         wanted = "[]" if stack.granularity == "batch" else "[B], one a sample"
@@ -150,10 +157,20 @@ class DataDriven(nn.Module):
             raise TypeError(f"loss: got a {type(loss).__name__}, expected the tensor {wanted}")
         if loss.dim() != (stack.granularity == "sample"):
             raise ValueError(f"loss: got {list(loss.shape)}, expected {wanted} at granularity {stack.granularity!r}")
-        if not stack.counters.forwards:
+        plan = stack.counters.last_plan
+        if plan is None:
             raise RuntimeError("backward: got no training forward of the stack, expected one before it")
-        plan = stack.plan(stack.counters.forwards - 1, batch_size=len(loss) if loss.dim() else None)
-        units = plan.keep[: len(stack.layers) * stack.units_per_layer]  # behind them come heads and chunks
+        if plan is self._last_taken:
+            last = f"training forward {stack.counters.forwards - 1}"
+            raise RuntimeError(
+                f"backward: got a second loss after {last}, expected one loss a forward, of the last one"
+            )
+        if loss.dim() and len(loss) != plan.batch_size:
+            raise ValueError(
+                f"loss: got {list(loss.shape)}, expected [{plan.batch_size}], as the last forward's samples"
+            )
+        self._last_taken = plan
+        units = plan.keep[: len(stack.layers) * stack.units_per_layer]  # heads and chunks come after them
         kept = units.double().view(len(stack.layers), stack.units_per_layer, -1).mean(1)  # [L, B]
         self.regression.add(kept - torch.from_numpy(1.0 - stack.schedule(plan.step))[:, None], loss)
         self._taken += 1
@@ -167,11 +184,9 @@ class DataDriven(nn.Module):
 
     def keep(self, kept: int) -> list[int]:
         """The ``kept`` layers with the lowest drop rates, ascending; of equal ones the first."""
-        layers = len(self.rates)
-        if not 1 <= check_count(kept, "kept", 1) <= layers:
-            raise ValueError(f"kept is {kept}, expected 1 to {layers}")
         rates = self.rates.tolist()
-        return sorted(sorted(range(layers), key=lambda layer: (rates[layer], layer))[:kept])
+        check_range(kept, "kept", 1, len(rates))
+        return sorted(sorted(range(len(rates)), key=lambda layer: (rates[layer], layer))[:kept])
 
     def _learn(self) -> None:
         if several_ranks():  # who may have drawn the small network from generators of their own
@@ -209,17 +224,17 @@ class DataDriven(nn.Module):
         }
 
     @torch.no_grad()
-    def take(self, index: int, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
+    def _take(self, index: int, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         """The activation of a layer, of which it is not asked again before the next gradient."""
         self._hooks.pop(index).remove()
         self.looking[index] = False
-        before, behind = inputs[0], out[0] if isinstance(out, tuple) else out
+        before, after = inputs[0], out[0] if isinstance(out, tuple) else out
         visit = keywords.get("visit")
         if isinstance(visit, Visit):  # in a TransformerStack the last branch is still to be added
             before = _with(before, keywords["y"], visit.before)
-            behind = _with(out[0], out[1], [step for step in visit.steps if step is not None][-1])
-        if behind.numel():
-            added = (behind.float() - before.float()).flatten(0, -2).mean(0)
+            after = _with(out[0], out[1], [step for step in visit.steps if step is not None][-1])
+        if after.numel():
+            added = (after.float() - before.float()).flatten(0, -2).mean(0)
             known = self.activations[index]
             known.copy_(torch.where(known.any(), torch.lerp(added, known, self.momentum), added))
 
@@ -233,14 +248,47 @@ class _Look:
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
         driven = None if self.driven is None else self.driven()
         if driven is None:
-            for key, hook in list(layer._forward_hooks.items()):
-                if hook is self:
-                    del layer._forward_hooks[key], layer._forward_hooks_with_kwargs[key]
+            _remove_left_over(layer)
         elif layer.training:
-            driven.take(self.index, inputs, keywords, out)
+            driven._take(self.index, inputs, keywords, out)
 
     def __reduce__(self) -> Any:
         return _Look, (None, self.index)
+
+
+class _Before:
+    """A forward pre-hook of the stack, which must not be compiled; a copy's removes itself and what its layers have."""
+
+    def __init__(self, driven: DataDriven | None) -> None:
+        self.driven = None if driven is None else weakref.ref(driven)
+
+    def __call__(self, stack: LayerDropStack, inputs: tuple[Any, ...]) -> None:
+        if self.driven is not None and self.driven() is not None:
+            _check_not_compiled(stack)
+            return
+        for key, hook in list(stack._forward_pre_hooks.items()):
+            if hook is self:
+                del stack._forward_pre_hooks[key]
+        for layer in stack.layers:
+            _remove_left_over(layer)
+
+    def __reduce__(self) -> Any:
+        return _Before, (None,)
+
+
+def _remove_left_over(layer: nn.Module) -> None:
+    """The hooks that look at a layer for what is gone, or was not copied with it."""
+    for key, hook in list(layer._forward_hooks.items()):
+        if isinstance(hook, _Look) and (hook.driven is None or hook.driven() is None):
+            del layer._forward_hooks[key], layer._forward_hooks_with_kwargs[key]
+
+
+def _check_not_compiled(stack: LayerDropStack) -> None:
+    if isinstance(stack, TransformerStack) and stack._compiled is not None:
+        raise RuntimeError(
+            "the stack is compiled as one, expected it not to be, as its layers are looked at: compile each layer by "
+            "itself"
+        )
 
 
 def _with(x: Tensor, y: Tensor | None, step: Step | None) -> Tensor:

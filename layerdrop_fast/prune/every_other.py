@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerdrop_fast._checks import check_count, check_rate
+from layerdrop_fast._checks import check_count, check_range, check_rate
 
 
 def every_other(num_layers: int, *, kept: int | None = None, p: float | None = None) -> list[int]:
@@ -38,7 +38,5 @@ def every_other(num_layers: int, *, kept: int | None = None, p: float | None = N
             return [layer for layer in range(num_layers) if (layer + 1) % period != 0]
         kept = round((1 - p) * num_layers)
     assert kept is not None  # one of the two was given
-    kept = check_count(kept, "kept", 0)
-    if kept > num_layers:
-        raise ValueError(f"kept is {kept}, expected 0 to {num_layers}")
+    kept = check_range(kept, "kept", 0, num_layers)
     return [i * num_layers // kept for i in range(kept)]

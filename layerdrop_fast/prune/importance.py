@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from layerdrop_fast._checks import check_count
-from layerdrop_fast.prune.lists import layers_of, only_list, stack_of
+from layerdrop_fast._checks import check_count, check_range
+from layerdrop_fast.prune.lists import layers_of, named_list, said
 from layerdrop_fast.prune.scores import Scores
 from layerdrop_fast.prune.shared_prefixes import Evaluate
 from layerdrop_fast.prune.subsets import balanced_subsets
@@ -36,10 +36,12 @@ class Importance:
 
     @property
     def standard_errors(self) -> FloatArray:
-        """Of the means, float64 [L], as if sub-networks were independent: balanced ones make it smaller than that."""
-        counts = np.maximum(np.sum(~np.isnan(self.values), axis=1), 2)
-        spread = np.nanstd(self.values, axis=1) * np.sqrt(counts / (counts - 1))
-        return spread / np.sqrt(counts)  # type: ignore[no-any-return]
+        """Of the means, float64 [L], as if sub-networks were independent: balanced ones make it smaller than that.
+
+        NaN where there is one sub-network only.
+        """
+        counts = np.sum(~np.isnan(self.values), axis=1)
+        return np.nanstd(self.values, axis=1) / np.sqrt(np.where(counts > 1, counts - 1, np.nan))  # type: ignore[no-any-return]
 
 
 def layer_importance(
@@ -73,10 +75,9 @@ def layer_importance(
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), figure 5.
     """
-    name = only_list(model) if layers is None else stack_of(model, layers)
+    name = named_list(model, layers)
     depth = len(layers_of(model, name))
-    if not 1 <= check_count(kept, "kept", 1) < depth:
-        raise ValueError(f"kept is {kept}, expected 1 to {depth - 1}, less than the layers of {name!r}")
+    check_range(kept, "kept", 1, depth - 1, f", less than the layers of {said(model, name)}")
     check_count(samples, "samples", 1)
     scores = Scores(
         model,
@@ -94,7 +95,9 @@ def layer_importance(
     found = scores.of((subset for subsets in drawn for subset in subsets), "importance")
     for subset, value in found.items():
         if not math.isfinite(value):
-            raise ValueError(f"the layers {list(subset)} of {name!r} score {value}, expected a finite number")
+            raise ValueError(
+                f"the layers {list(subset)} of {said(model, name)} score {value}, expected a finite number"
+            )
     values = np.full((depth, samples), np.nan)
     for layer, subsets in enumerate(drawn):
         values[layer, : len(subsets)] = [found[subset] for subset in subsets]

@@ -15,6 +15,7 @@ from layerdrop_fast.schedule import DropSchedule, per_layer
 
 # Which layers to keep: of the only list, or of each list by its name.
 Keep: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]]
+Layers: TypeAlias = nn.ModuleList | nn.Sequential
 
 
 def checked_keep(model: nn.Module, keep: Keep) -> dict[str, list[int]]:
@@ -27,9 +28,19 @@ def checked_keep(model: nn.Module, keep: Keep) -> dict[str, list[int]]:
     lists = {name: layers_of(model, name) for name in by_name}
     _check_apart(lists)
     return {
-        stack_of(model, name): check_indices(indices, f"layers to keep of {name!r}", len(lists[name]))
+        stack_of(model, name): check_indices(indices, f"layers to keep of {said(model, name)}", len(lists[name]))
         for name, indices in by_name.items()
     }
+
+
+def named_list(model: nn.Module, layers: str | None) -> str:
+    """The list of layers that a caller names, by the name of its stack where it has one; None: the only one."""
+    return only_list(model) if layers is None else stack_of(model, layers)
+
+
+def said(model: nn.Module, name: str) -> str:
+    """A list of layers in words: its name, or what it is where the model itself is meant."""
+    return repr(name) if name else f"the {type(model).__name__}"
 
 
 def only_list(model: nn.Module) -> str:
@@ -45,8 +56,35 @@ def only_list(model: nn.Module) -> str:
 
 def _lists_in(model: nn.Module) -> str:
     """What may be named."""
-    found = [name for name, module in model.named_modules() if isinstance(module, LayerDropStack | nn.ModuleList)]
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LayerDropStack) or is_list_of_layers(module)
+    ]
     return ", ".join(map(repr, found)) or "none"
+
+
+def is_list_of_layers(module: nn.Module) -> bool:
+    """Whether a module is a ModuleList, or a Sequential of modules of one kind."""
+    kinds = {type(child) for child in module.children()}
+    return isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(module) > 1 == len(kinds))
+
+
+def path_to(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules from the model down to the one that holds ``name``; of ``torch.compile(module)`` the module too."""
+    names = name.split(".") if name else []
+    found = []
+    for length in range(len(names)):
+        holder = ".".join(names[:length])
+        module = model.get_submodule(holder)
+        found += [(holder, module), *((holder, module) for module in wrapped_in(module))]
+    return found
+
+
+def wrapped_in(module: nn.Module) -> list[nn.Module]:
+    """What ``torch.compile(module)`` wraps; nothing of others."""
+    inner = module._modules.get("_orig_mod")
+    return [] if inner is None else [inner]
 
 
 def stack_of(model: nn.Module, name: str) -> str:
@@ -56,7 +94,7 @@ def stack_of(model: nn.Module, name: str) -> str:
     return owner if inner else name
 
 
-def layers_of(model: nn.Module, name: str) -> nn.ModuleList:
+def layers_of(model: nn.Module, name: str) -> Layers:
     """The layers of a LayerDropStack or a list of layers, by its name."""
     try:
         module = model.get_submodule(name)
@@ -65,7 +103,7 @@ def layers_of(model: nn.Module, name: str) -> nn.ModuleList:
             f"{type(model).__name__} has no module {name!r}; found the lists of layers {_lists_in(model)}"
         ) from None
     layers = module.layers if isinstance(module, LayerDropStack) else module
-    if not isinstance(layers, nn.ModuleList):
+    if not isinstance(layers, Layers):
         raise ValueError(f"{name!r} is a {type(module).__name__}, expected a LayerDropStack or a list of layers")
     return layers
 
@@ -80,13 +118,14 @@ def cut(module: nn.Module, keep: Sequence[int]) -> None:
             module.parts = module.parts.cut(keep)
         module._proven = set()
         module.reset_stats()
-    elif isinstance(module, nn.ModuleList):
+    elif isinstance(module, Layers):
         layers = every_layer(module)
-        # A dict of its own: where the list is to be as it was before, the old one is put back.
-        module._modules = {str(number): layers[index] for number, index in enumerate(keep)}
+        # A dict of its own: where the list is to be as it was before, the old one is put back. The names are the first
+        # ones: those of a Sequential may be words.
+        module._modules = dict(zip(module._modules, (layers[index] for index in keep), strict=False))
 
 
-def _check_apart(lists: Mapping[str, nn.ModuleList]) -> None:
+def _check_apart(lists: Mapping[str, Layers]) -> None:
     """No list stands under two names, or within another one, whose layers would be others when it is cut."""
     for name, layers in lists.items():
         for other, within in lists.items():

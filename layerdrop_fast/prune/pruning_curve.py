@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from layerdrop_fast._checks import check_count
+from layerdrop_fast._checks import check_range
 from layerdrop_fast.nn.modes import evaluating
 from layerdrop_fast.prune.every_other import every_other
-from layerdrop_fast.prune.lists import layers_of, only_list, stack_of
+from layerdrop_fast.prune.lists import layers_of, named_list, said
 from layerdrop_fast.prune.shared_prefixes import Evaluate, number_from
 from layerdrop_fast.prune.skip_layers import skip_layers
 
@@ -50,12 +50,11 @@ def pruning_curve(
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), figure 2.
     """
-    name = only_list(model) if layers is None else stack_of(model, layers)
+    name = named_list(model, layers)
     full = len(layers_of(model, name))
     wanted = list(range(full, 0, -1) if depths is None else depths)
     for depth in wanted:
-        if not 1 <= check_count(depth, "depth", 1) <= full:
-            raise ValueError(f"depth is {depth}, expected 1 to {full}, the layers of {name!r}")
+        check_range(depth, "depth", 1, full, f", the layers of {said(model, name)}")
     keeps = {depth: list(strategy(full, kept=depth)) for depth in wanted}
     for depth, keep in keeps.items():
         if len(keep) != depth:

@@ -39,7 +39,7 @@ class Scores:
 
     Raises:
         ValueError: a file of another list, depth, model or ``evaluate``: it is as it was. OSError: it cannot be read or
-            written.
+            written, which shows at once.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Scores:
             self._content = {"list": name, "depth": len(layers_of(model, name)), "weights": of_weights(model)}
             if resume.exists():
                 self._read(resume)
+            self._save()  # where that cannot be, nothing should run first
 
     @property
     def layers_run(self) -> int:
@@ -124,7 +125,7 @@ class Scores:
         self._known, self._content = known, content
 
     def _check(self, path: Path, known: dict[Subset, float]) -> None:
-        """The first, the middle and the last score are what they are now."""
+        """The first, the middle and the last score are what they are now. What this takes is not counted."""
         subsets = list(known)
         largest = max((abs(value) for value in known.values() if math.isfinite(value)), default=0.0)
         for place in sorted({0, len(subsets) // 2, len(subsets) - 1} if subsets else ()):
@@ -136,3 +137,7 @@ class Scores:
                     f"{path} holds {value:.6g} for the layers {list(subset)} ({self.kind}), got {now:.6g}: it is of "
                     "another model or another evaluate; move it away, or give another file"
                 )
+        self.layers_asked = 0
+        if self.prefixes is not None:
+            self.prefixes.forget_states()
+            self.prefixes.layers_run = 0

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from layerdrop_fast._checks import check_choice, check_count
+from layerdrop_fast._checks import check_choice, check_count, check_range
 from layerdrop_fast.prune.every_other import every_other
-from layerdrop_fast.prune.lists import layers_of, only_list, stack_of
+from layerdrop_fast.prune.lists import layers_of, named_list, said
 from layerdrop_fast.prune.scores import Scores
 from layerdrop_fast.prune.shared_prefixes import Evaluate
 from layerdrop_fast.prune.subsets import Subset, random_subsets
@@ -38,7 +38,8 @@ class SearchResult:
     Attributes:
         ranked: the candidates, the best first. Of "greedy" and "beam" those of the last round.
         every_other: the Every Other strategy, for comparison.
-        layers_run: layers that ran, counted once an evaluation; without those of checks.
+        layers_run: layers that ran, counted once an evaluation; without those of checks, of ``held_out``, and of scores
+            that a ``resume`` file has.
         layers_asked: as many as would without shared prefixes.
     """
 
@@ -53,16 +54,18 @@ class SearchResult:
         return self.ranked[0].keep
 
     def table(self, rows: int = 10) -> str:
-        """The best candidates and Every Other, as text."""
+        """The best candidates and Every Other, and below them how many layers ran, as text."""
         held_out = self.every_other.held_out is not None
         titles = ["rank", "value", *(["held out"] if held_out else []), "layers"]
-        lines = [[f"{rank}", *_cells(row)] for rank, row in enumerate(self.ranked[:rows], 1)]
-        lines.append(["every other", *_cells(self.every_other)])
+        lines = [[f"{rank}", *_cells(row, held_out)] for rank, row in enumerate(self.ranked[:rows], 1)]
+        lines.append(["every other", *_cells(self.every_other, held_out)])
         widths = [max(len(line[column]) for line in [titles, *lines]) for column in range(len(titles) - 1)]
-        return "\n".join(
+        table = [
             "  ".join([*(cell.rjust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
             for line in [titles, *lines]
-        )
+        ]
+        ran = f"{self.layers_run:,} layer evaluations where separate runs have {self.layers_asked:,}"
+        return "\n".join([*table, ran])
 
 
 def search(
@@ -119,17 +122,17 @@ def search(
     Raises:
         ValueError: a value out of range; more than a million subsets; inputs that change; scores that shared prefixes
             change; an ``evaluate`` that runs no layer; no candidate with a finite score; a ``resume`` file of another
-            model or ``evaluate``. TypeError: a value of another kind.
+            model or ``evaluate``. TypeError: a value of another kind. OSError: the ``resume`` file cannot be read or
+            written, which shows before anything runs.
 
     Randomness: "random" draws from numpy's PCG64 with ``seed``.
 
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3, "Search on Valid".
     """
     check_choice(method, "method", METHODS)
-    name = only_list(model) if layers is None else stack_of(model, layers)
+    name = named_list(model, layers)
     depth = len(layers_of(model, name))
-    if not 1 <= check_count(kept, "kept", 1) <= depth:
-        raise ValueError(f"kept is {kept}, expected 1 to {depth}, the layers of {name!r}")
+    check_range(kept, "kept", 1, depth, f", the layers of {said(model, name)}")
     for number, what in ((top, "top"), (width, "width"), (trials, "trials")):
         check_count(number, what, 1)
     given: dict[str, Any] = {
@@ -189,6 +192,6 @@ def _order(value: float, subset: Subset) -> tuple[bool, float, Subset]:
     return math.isnan(value), value, subset
 
 
-def _cells(row: Scored) -> list[str]:
-    values = [row.value, *([] if row.held_out is None else [row.held_out])]
-    return [*(f"{value:.4f}" for value in values), " ".join(map(str, row.keep))]
+def _cells(row: Scored, held_out: bool) -> list[str]:
+    values = [row.value, *([row.held_out] if held_out else [])]
+    return [*("" if value is None else f"{value:.4f}" for value in values), " ".join(map(str, row.keep))]

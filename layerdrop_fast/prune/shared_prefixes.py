@@ -14,8 +14,8 @@ from layerdrop_fast.nn.layer_drop_list import every_layer
 from layerdrop_fast.nn.stack import LayerDropStack
 from layerdrop_fast.nn.transformer_stack import TransformerStack
 from layerdrop_fast.prune.fingerprints import Seen, fingerprint, version
-from layerdrop_fast.prune.lists import layers_of
-from layerdrop_fast.prune.skip_layers import skip_layers
+from layerdrop_fast.prune.lists import layers_of, path_to, said, wrapped_in
+from layerdrop_fast.prune.skip_layers import only_layers, skip_layers
 
 Evaluate: TypeAlias = Callable[[nn.Module], float]
 Forward: TypeAlias = Callable[..., Any]
@@ -65,6 +65,7 @@ class SharedPrefixes:
     def __init__(self, model: nn.Module, name: str, evaluate: Evaluate, max_bytes: int) -> None:
         self.model, self.name, self.evaluate, self.max_bytes = model, name, evaluate, max_bytes
         self.layers_run = 0
+        self._said = said(model, name)
         self._inputs: list[Hashable] = []  # fingerprints of what reaches the first layer, by call
         self._input_bytes = 0  # of x, of all calls
         self._all_inputs_known = False
@@ -116,7 +117,7 @@ class SharedPrefixes:
                 layers = every_layer(layers_of(self.model, self.name))
                 if len(set(layers)) < len(layers):
                     raise ValueError(
-                        f"a layer stands twice in {self.name!r}, expected each once, or share_prefixes=False"
+                        f"a layer stands twice in {self._said}, expected each once, or share_prefixes=False"
                     )
                 for place, layer in enumerate(layers):
                     undo.enter_context(_replaced(layer, "forward", self._layer(place, layer.forward, layer)))
@@ -125,26 +126,28 @@ class SharedPrefixes:
     @contextmanager
     def _eager(self) -> Iterator[None]:
         """What would be compiled anew for each subset is not: the list's layers, the stack, and what holds them."""
-        path = self.name.split(".") if self.name else []
-        modules = [self.model.get_submodule(".".join(path[:length])) for length in range(len(path) + 1)]
+        last = self.model.get_submodule(self.name)
+        modules = [*(module for _, module in path_to(self.model, self.name)), last]
         with ExitStack() as undo:
-            if not isinstance(modules[-1], LayerDropStack):
+            if not isinstance(last, LayerDropStack):
                 modules += every_layer(layers_of(self.model, self.name))
-            elif isinstance(modules[-1], TransformerStack):
-                undo.enter_context(_replaced(modules[-1], "_compiled", None))
+            elif isinstance(last, TransformerStack):
+                undo.enter_context(_replaced(last, "_compiled", None))
             for module in modules:
                 undo.enter_context(_replaced(module, "_compiled_call_impl", None))
+                for inner in wrapped_in(module):
+                    undo.enter_context(_replaced(module, "forward", inner))
             yield
 
     def _forward_of(self, stack: LayerDropStack) -> Forward:
         """The stack's forward, one layer at a time."""
         if stack.hidden_states:
-            raise ValueError(f"{self.name!r} has hidden_states=True, expected False, or share_prefixes=False")
+            raise ValueError(f"{self._said} has hidden_states=True, expected False, or share_prefixes=False")
         forward = stack.forward
 
         def only(place: int) -> Forward:
             def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                with skip_layers(stack, {"": [place]}):
+                with only_layers(stack, {"": [place]}):
                     return forward(x, *args, **kwargs)
 
             return run
@@ -153,7 +156,7 @@ class SharedPrefixes:
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("cache") is not None:
-                raise ValueError(f"{self.name!r} is called with a cache, expected none, or share_prefixes=False")
+                raise ValueError(f"{self._said} is called with a cache, expected none, or share_prefixes=False")
             for layer in layers:
                 x = layer(x, *args, **kwargs)
             return x
@@ -167,7 +170,7 @@ class SharedPrefixes:
             if not args or not isinstance(args[0], Tensor):
                 got = type(args[0]).__name__ if args else f"only keywords {list(kwargs)}"
                 raise TypeError(
-                    f"a layer of {self.name!r} is called with {got}, expected x, a tensor, as first argument, or "
+                    f"a layer of {self._said} is called with {got}, expected x, a tensor, as first argument, or "
                     "share_prefixes=False"
                 )
             x, *rest = args
@@ -182,7 +185,7 @@ class SharedPrefixes:
                 self._check_input(call, x, fingerprint(inputs, self._seen))
             elif self._calls[place - 1] != call + 1:
                 raise ValueError(
-                    f"the layers of {self.name!r} are called in another order than they stand in, expected one after "
+                    f"the layers of {self._said} are called in another order than they stand in, expected one after "
                     "the other, or share_prefixes=False"
                 )
             elif self._before is not None:
@@ -200,7 +203,7 @@ class SharedPrefixes:
             out = forward(x, *rest, **kwargs)
             if version(x) != before:
                 raise ValueError(
-                    f"a layer of {self.name!r} writes into its input, expected a new tensor: share_prefixes=False"
+                    f"a layer of {self._said} writes into its input, expected a new tensor: share_prefixes=False"
                 )
             state = self._state_of(out)
             self._before = Held(out, version(state)) if length < len(self._known) else None
@@ -219,12 +222,12 @@ class SharedPrefixes:
         if not isinstance(state, Tensor):
             got = f"a tuple that starts with {type(state).__name__}" if state is not out else type(out).__name__
             raise TypeError(
-                f"a layer of {self.name!r} returns {got}, expected a tensor or a tuple that starts with one, or "
+                f"a layer of {self._said} returns {got}, expected a tensor or a tuple that starts with one, or "
                 "share_prefixes=False"
             )
         if isinstance(out, tuple) and any(more is not None for more in out[1:]):
             raise ValueError(
-                f"a layer of {self.name!r} returns more than x, which later layers may take: share_prefixes=False"
+                f"a layer of {self._said} returns more than x, which later layers may take: share_prefixes=False"
             )
         return state
 
@@ -242,7 +245,7 @@ class SharedPrefixes:
             self._outputs = {length: held for length, held in self._outputs.items() if length >= shortest}
         elif call >= len(self._inputs) or self._inputs[call] != print_of_it:
             raise ValueError(
-                f"call {call} of {self.name!r} has other inputs than in the first evaluation, expected evaluate to "
+                f"call {call} of {self._said} has other inputs than in the first evaluation, expected evaluate to "
                 "call the model with the same batches in the same order, or share_prefixes=False"
             )
 
@@ -252,25 +255,25 @@ class SharedPrefixes:
             self._arguments[place].append(print_of_them)
         elif self._arguments[place][call] != print_of_them:
             raise ValueError(
-                f"layer {self._known[place]} of {self.name!r} has other arguments beside x in call {call} than when it "
+                f"layer {self._known[place]} of {self._said} has other arguments beside x in call {call} than when it "
                 "ran, expected the same, or share_prefixes=False"
             )
 
     def _check_unwritten(self, held: Held) -> None:
         if version(self._state_of(held.out)) != held.version:
             raise ValueError(
-                f"what a layer of {self.name!r} returned was written into, expected a new tensor (x = x + y, not "
+                f"what a layer of {self._said} returned was written into, expected a new tensor (x = x + y, not "
                 "x += y), or share_prefixes=False"
             )
 
     def _check_calls(self) -> None:
         if not self._inputs:
             raise ValueError(
-                f"evaluate called no layer of {self.name!r}, expected it to call the model that it is given"
+                f"evaluate called no layer of {self._said}, expected it to call the model that it is given"
             )
         if set(self._calls) != {len(self._inputs)}:
             raise ValueError(
-                f"the layers of {self.name!r} were called {self._calls} times, expected {len(self._inputs)} times "
+                f"the layers of {self._said} were called {self._calls} times, expected {len(self._inputs)} times "
                 "each, or share_prefixes=False"
             )
 
@@ -287,7 +290,7 @@ class SharedPrefixes:
         same = math.isclose(value, alone, rel_tol=self._rounding, abs_tol=self._rounding * self._largest)
         if not same and not (math.isnan(value) and math.isnan(alone)):
             raise ValueError(
-                f"the layers {list(keep)} of {self.name!r} score {value:.6g} with shared prefixes and {alone:.6g} with "
+                f"the layers {list(keep)} of {self._said} score {value:.6g} with shared prefixes and {alone:.6g} with "
                 "every layer run: expected a model that reads states between layers nowhere, and an evaluate that "
                 "gives the same number for the same layers; or share_prefixes=False"
             )

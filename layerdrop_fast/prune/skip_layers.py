@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
-from layerdrop_fast._checks import check_count
+from layerdrop_fast._checks import check_range
 from layerdrop_fast.nn.stack import LayerDropStack
-from layerdrop_fast.prune.lists import Keep, checked_keep, cut, layers_of, only_list
+from layerdrop_fast.prune.beside import changes_beside
+from layerdrop_fast.prune.lists import Keep, checked_keep, cut, layers_of, named_list, said
 
 STATE = ("schedule", "parts", "_proven", "_statistics")  # of a stack, beside its layers
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,11 +19,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @contextmanager
 def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
-    """Within the block, ``model`` has only the layers in ``keep``; behind it, however that ends, all of them.
+    """Within the block, ``model`` has only the layers in ``keep``; after it, however that ends, all of them.
 
-    What ``extract`` gives without copying a weight: the same layers, renumbered from 0. An optimizer, a state dict and
-    ``parameters()`` within the block see these layers only. A step that is taken within the block trains them. Where
-    ``train()`` or ``eval()`` within the block change the mode of a list, its other layers follow behind it.
+    What ``extract`` gives without copying a weight: the same layers, renumbered from 0, and the same numbers of them,
+    also in a config that other models share. An optimizer, a state dict and ``parameters()`` within the block see these
+    layers only. A step that is taken within the block trains them. Where ``train()`` or ``eval()`` within the block
+    change the mode of a list, its other layers follow after it.
 
         with skip_layers(model, every_other(16, kept=8)) as smaller:
             loss = evaluate(smaller)
@@ -36,6 +38,20 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
     Source: Fan, Grave, Joulin 2019 (arXiv 1909.11556), section 3.3.
     """
     wanted = checked_keep(model, keep)
+    beside = changes_beside(model, wanted)
+    try:
+        with only_layers(model, wanted):
+            for change in beside:
+                change.make()
+            yield model
+    finally:
+        for change in beside:
+            change.undo()
+
+
+@contextmanager
+def only_layers(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """``skip_layers`` with what stands beside the lists as it is."""
     lists = [layers_of(model, name) for name in wanted]
     before = [(layers, layers._modules, layers.training) for layers in lists]
     stacks = [vars(stack) for stack in map(model.get_submodule, wanted) if isinstance(stack, LayerDropStack)]
@@ -43,7 +59,7 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
     try:
         for name, indices in wanted.items():
             cut(model.get_submodule(name), indices)
-        yield model
+        yield
     finally:
         for layers, modules, training in before:
             left = set(layers.children())
@@ -57,7 +73,7 @@ def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
 
 @contextmanager
 def early_exit(model: Model, layer: int, layers: str | None = None) -> Iterator[Model]:
-    """Within the block, ``model`` runs only its first ``layer`` layers; what comes behind the last runs as before.
+    """Within the block, ``model`` runs only its first ``layer`` layers; what comes after the last runs as before.
 
         with early_exit(model, 8) as draft:
             tokens = draft.generate(prompt, 4)
@@ -72,9 +88,7 @@ def early_exit(model: Model, layer: int, layers: str | None = None) -> Iterator[
 
     Source: Elhoushi et al. 2024 (arXiv 2404.16710).
     """
-    name = only_list(model) if layers is None else layers
-    depth = len(layers_of(model, name))
-    if not 1 <= check_count(layer, "layer", 1) <= depth:
-        raise ValueError(f"layer is {layer}, expected 1 to {depth}, the layers of {name!r}")
+    name = named_list(model, layers)
+    check_range(layer, "layer", 1, len(layers_of(model, name)), f", the layers of {said(model, name)}")
     with skip_layers(model, {name: range(layer)}) as smaller:
         yield smaller

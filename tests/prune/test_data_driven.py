@@ -201,27 +201,6 @@ def test_with_heads_and_chunks_the_rates_of_layers_are_learned():
     torch.testing.assert_close(torch.from_numpy(stack.rates(0)[:4]).float(), driven.rates)
 
 
-def test_a_loss_that_is_not_finite_is_left_out():
-    stack, driven, _ = made()
-    for loss in (1.0, float("inf"), 3.0, float("nan")):
-        stack(torch.randn(2, 6))
-        driven.backward(torch.tensor(loss))
-    assert driven.regression.normal[0, 0] == 2
-    assert driven.regression.normal[0, -1] == 4
-    assert driven.slopes.isfinite().all()
-
-
-def test_losses_are_read_when_rates_are_set_only():
-    """A tensor on the meta device has no value to wait for."""
-    stack, driven, _ = made()
-    for _ in range(3):
-        stack(torch.randn(2, 6))
-        driven.backward(torch.zeros((), device="meta"))
-    stack(torch.randn(2, 6))
-    with pytest.raises(NotImplementedError, match="meta"):
-        driven.backward(torch.zeros((), device="meta"))
-
-
 def test_evaluation_is_not_looked_at_and_copies_look_at_nothing():
     stack, driven, _ = made()
     stack.eval()(100 * torch.ones(2, 6))
@@ -299,20 +278,27 @@ def test_of_a_transformer_stack_it_takes_what_each_layer_adds(granularity, norm_
     torch.testing.assert_close(driven.activations, torch.stack(added).detach())
 
 
-@pytest.mark.parametrize("granularity", ["batch", "sample"])
-def test_a_loss_of_another_shape_is_refused(granularity):
-    stack = LayerDropStack([Branch() for _ in range(2)], 0.5, granularity=granularity, seed=2)
-    driven = DataDriven(stack, 0.5, width=6)
-    right, wrong = (torch.ones(()), torch.ones(4)) if granularity == "batch" else (torch.ones(4), torch.ones(()))
-    with pytest.raises(RuntimeError, match="no training forward of the stack"):
-        driven.backward(right)
-    stack(torch.randn(4, 6))
-    with pytest.raises(ValueError, match=rf"loss: got \[4?\], expected \[B?\].* at granularity '{granularity}'"):
-        driven.backward(wrong)
-    with pytest.raises(TypeError, match="loss: got a float, expected the tensor"):
-        driven.backward(1.0)
-    driven.backward(right)
-    assert driven.state_dict()["steps"] == 1
+def test_a_stack_that_is_compiled_as_one_is_refused():
+    stack, driven, _ = made(targets=0.5)
+    stack.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="the stack is compiled as one, expected it not to be"):
+        stack(torch.randn(3, 5, 6))
+    with pytest.raises(RuntimeError, match="the stack is compiled as one, expected it not to be"):
+        DataDriven(stack, 0.5)
+    assert stack.counters.forwards == 0
+    small = extract(stack, [0, 2])
+    small.compile(backend="eager")
+    small(torch.randn(3, 5, 6))
+    assert not small._forward_pre_hooks
+    assert not any(layer._forward_hooks for layer in small.layers)
+    assert driven is not None  # which is looking
+
+
+def test_of_equal_rates_the_first_layers_are_kept():
+    driven = DataDriven(LayerDropStack([Branch() for _ in range(5)], 0.2), 0.5, width=6)
+    assert driven.keep(2) == [0, 1]
+    driven.rates.copy_(torch.tensor([0.9, 0.4, 0.4, 0.4, 0.4]))
+    assert driven.keep(2) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,12 @@ def test_other_rates_are_evenly_spaced():
     assert every_other(10, p=0.3) == every_other(10, kept=7) == [0, 1, 2, 4, 5, 7, 8]
 
 
+@pytest.mark.parametrize("p", [0.33, 0.332, 1 / 3 - 1e-7, 1 / 3 + 1e-7])
+def test_rates_near_one_over_k_are_evenly_spaced_too(p):
+    assert every_other(10, p=p) == every_other(10, kept=7) == [0, 1, 2, 4, 5, 7, 8]
+    assert every_other(10, p=1 / 3) == every_other(10, p=0.3333333333) == [0, 1, 3, 4, 6, 7, 9]
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 16, 40])
 def test_every_depth(num_layers):
     for kept in range(1, num_layers + 1):

@@ -1,11 +1,14 @@
 """extract: the smaller network equals the large one with the other layers skipped."""
 
+from collections import OrderedDict
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from layerdrop_fast import DropSchedule, LayerDropModuleList, LayerDropStack, decreasing, linear
-from layerdrop_fast.prune import every_other, extract
+from layerdrop_fast.prune import every_other, extract, skip_layers
 
 
 class Block(nn.Module):
@@ -95,6 +98,39 @@ def test_a_stack_by_the_name_of_its_inner_list():
     assert small.schedule(0).tolist() == [0.1]
 
 
+class Vision(nn.Module):
+    """A list that is called itself, as timm's and torchvision's are."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.blocks = nn.Sequential(OrderedDict(zip(names, blocks(len(names)), strict=True)))
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+@pytest.mark.parametrize("names", [[str(n) for n in range(5)], [f"layer_{n}" for n in range(5)]])
+def test_a_sequential_is_cut_where_it_is_named(names):
+    model = Vision(names)
+    small = extract(model, {"blocks": [1, 4]})
+    assert torch.equal(small(X), skipping(list(model.blocks), [1, 4], X))
+    fresh = Vision(names[:2])
+    fresh.load_state_dict(small.state_dict())
+    assert torch.equal(fresh(X), small(X))
+    with skip_layers(model, {"blocks": [1, 4]}):
+        assert torch.equal(model(X), small(X))
+    assert list(dict(model.blocks.named_children())) == names
+    with pytest.raises(ValueError, match=r"holds 0 LayerDropStacks .*; found 'blocks'$"):
+        extract(model, [1])
+
+
+@pytest.mark.parametrize("mask", [[False, True], torch.tensor([False, True]), np.array([False, True])])
+def test_a_mask_is_no_list_of_layers(mask):
+    with pytest.raises(TypeError, match=r"layers to keep of the LayerDropStack have .*False.*, not a mask"):
+        extract(LayerDropStack(blocks(2), 0.2), mask)
+    assert len(extract(LayerDropStack(blocks(2), 0.2), torch.tensor([1])).layers) == 1
+
+
 def test_a_layer_used_elsewhere_would_be_shared():
     model = nn.ModuleDict({"stack": LayerDropStack(blocks(4), 0.2)})
     model["last"] = model["stack"].layers[3]
@@ -121,7 +157,7 @@ def test_lists_that_must_be_named_are_told():
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ([0, 4], r"of '' are \[0, 4\], expected at least one of 0 to 3, ascending"),
+        ([0, 4], r"of the LayerDropStack are \[0, 4\], expected at least one of 0 to 3, ascending"),
         ([1, 0], r"are \[1, 0\], expected"),
         ([1, 1], r"are \[1, 1\], expected"),
         ([], r"are \[\], expected"),

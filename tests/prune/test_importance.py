@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerdrop_fast.prune import extract, layer_importance
+from layerdrop_fast.prune import Importance, extract, layer_importance
 from tests.prune.blocks import blocks
 from tests.prune.test_search import LISTS, Model, evaluate
 
@@ -58,6 +58,13 @@ def test_one_layer_that_matters_makes_no_other_one_look_as_if_it_did():
     found = layer_importance(model, missing, kept=8, layers="layers", share_prefixes=False)
     assert found.means[0] == 1.0
     assert set(found.means[1:]) <= {9 / 20, 10 / 20}
+
+
+def test_one_sample_has_no_standard_error():
+    found = Importance(1, np.array([[1.0, np.nan, np.nan], [1.0, 3.0, np.nan], [1.0, 2.0, 6.0]]))
+    assert found.standard_errors == pytest.approx([np.nan, 1.0, np.std([1, 2, 6], ddof=1) / 3**0.5], nan_ok=True)
+    model = Model(LISTS["ModuleList"](4))
+    assert np.isnan(layer_importance(model, evaluate, kept=2, samples=1, layers="layers").standard_errors).all()
 
 
 def test_samples_are_different_and_follow_the_seed():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from torch import nn
 
 from layerdrop_fast._files import ABANDONED_AFTER, replace_atomically
-from layerdrop_fast.prune import search
+from layerdrop_fast.prune import layer_importance, search
 from layerdrop_fast.prune.scores import Scores
 from tests.prune.blocks import blocks
 from tests.prune.test_search import LISTS, Model, brute_force, evaluate
@@ -43,9 +44,35 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
     # Three of the known ones, to see that they are of this model; two are checked with all layers.
     assert len(calls) == math.comb(6, 3) - 7 + 3 + 2
     assert {tuple(row.keep): row.value for row in found.ranked} == pytest.approx(brute_force(model, 3), rel=1e-6)
+    assert found.layers_asked == 3 * (math.comb(6, 3) - 7)
     calls.clear()
-    assert search(model, counting, kept=3, layers="layers", resume=file).ranked == found.ranked
+    again = search(model, counting, kept=3, layers="layers", resume=file)
+    assert again.ranked == found.ranked
     assert len(calls) == 3 + 1
+    assert (again.layers_run, again.layers_asked) == (0, 0)  # but those of checks
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_checks_of_a_file_are_not_counted_and_share_nothing(tmp_path, share_prefixes):
+    model, file = Model(LISTS["ModuleList"](5)), tmp_path / "scores.json"
+    given = dict(share_prefixes=share_prefixes, resume=file)
+    Scores(model, "layers", evaluate, **given).of([(0, 1, 2)])
+    scores = Scores(model, "layers", evaluate, **given)
+    assert (scores.layers_run, scores.layers_asked) == (0, 0)
+    scores.of([(0, 1, 2), (0, 1, 3)])
+    assert (scores.layers_run, scores.layers_asked) == (3, 3)
+
+
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path):
+    model = Model(LISTS["ModuleList"](4))
+    given = dict(kept=2, layers="layers", share_prefixes=False)
+    for measure in (search, layer_importance):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            measure(model, evaluate, resume=tmp_path / "nowhere" / "scores.json", **given)
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+            measure(model, evaluate, resume=tmp_path, **given)
+    assert not any(layer.calls for layer in model.layers)
+    assert not list(tmp_path.iterdir())
 
 
 def test_scores_of_another_model_are_refused(tmp_path):

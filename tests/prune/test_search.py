@@ -9,9 +9,8 @@ from torch import nn
 
 from layerdrop_fast import LayerDropModuleList, LayerDropStack, TransformerStack
 from layerdrop_fast.models import TransformerLM
-from layerdrop_fast.prune import every_other, extract, pruning_curve, search
+from layerdrop_fast.prune import SearchResult, every_other, extract, pruning_curve, search
 from layerdrop_fast.prune.scores import Scores
-from layerdrop_fast.prune.search import Scored, SearchResult
 from layerdrop_fast.prune.shared_prefixes import SharedPrefixes
 from tests.prune.blocks import blocks
 
@@ -19,7 +18,7 @@ BATCHES = [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) for n i
 
 
 class Model(nn.Module):
-    """Something before and behind the layers."""
+    """Something before and after the layers."""
 
     def __init__(self, layers):
         super().__init__()
@@ -161,26 +160,6 @@ def test_random_subsets_are_different_and_follow_the_seed():
     assert {tuple(row.keep) for row in first.ranked} != {tuple(row.keep) for row in other.ranked}
     everything = search(model, evaluate, kept=3, method="random", trials=1000, layers="layers")
     assert len(everything.ranked) == math.comb(7, 3)
-
-
-def test_a_held_out_split_judges_the_best_and_every_other():
-    model = Model(LISTS["ModuleList"](5))
-    asked = []
-
-    def other(model):
-        asked.append(len(model.layers))
-        return -evaluate(model)
-
-    found = search(model, evaluate, kept=2, layers="layers", held_out=other, top=3)
-    assert [row.held_out for row in found.ranked[:3]] == pytest.approx([-row.value for row in found.ranked[:3]])
-    assert all(row.held_out is None for row in found.ranked[3:] if row.keep != found.every_other.keep)
-    assert found.every_other.held_out == pytest.approx(-found.every_other.value)
-    assert 3 + 2 <= len(asked) <= 4 + 2  # two are checked
-    lines = found.table(2).splitlines()
-    assert lines[0].split() == ["rank", "value", "held", "out", "layers"]
-    assert lines[1].split()[3:] == [str(layer) for layer in found.keep]
-    assert lines[-1].startswith("every other")
-    assert len(lines) == 4
 
 
 def test_no_number_ranks_last():
@@ -372,22 +351,3 @@ def test_the_states_of_the_search_are_freed_before_the_held_out_split_is_judged(
     search(Model(LISTS["ModuleList"](5)), evaluate, kept=3, layers="layers", held_out=other)
     assert held
     assert not any(held)
-
-
-def test_the_columns_of_a_table_are_as_wide_as_their_widest_cell():
-    ranked = [Scored([0, 10], 1.5, 12345.0), Scored([2, 3], 123.25, 2.0)]
-    assert SearchResult(ranked, Scored([1, 2], 2.0, 3.0), 0, 0).table() == (
-        "       rank     value    held out  layers\n"
-        "          1    1.5000  12345.0000  0 10\n"
-        "          2  123.2500      2.0000  2 3\n"
-        "every other    2.0000      3.0000  1 2"
-    )
-    ranked = [Scored([0], 1.5, 2.5)]
-    assert SearchResult(ranked, Scored([1], 2.0, 3.0), 0, 0).table() == (
-        "       rank   value  held out  layers\n          1  1.5000    2.5000  0\nevery other  2.0000    3.0000  1"
-    )
-    assert SearchResult([Scored([0], 1.5)], Scored([1], 2.0), 0, 0).table().splitlines()[0].split() == [
-        "rank",
-        "value",
-        "layers",
-    ]

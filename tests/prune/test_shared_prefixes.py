@@ -8,7 +8,6 @@ from torch import nn
 
 from layerdrop_fast import KVCache, TransformerStack
 from layerdrop_fast.prune import extract, search
-from layerdrop_fast.prune.fingerprints import fingerprint, of_weights
 from layerdrop_fast.prune.shared_prefixes import SharedPrefixes
 from tests.prune.blocks import blocks
 from tests.prune.test_search import BATCHES, LISTS, Model, evaluate
@@ -165,7 +164,9 @@ def test_other_arguments_of_a_stack_are_refused():
     prefixes = SharedPrefixes(stack, "", changing, 1 << 20)
     prefixes._next_check = 1e9
     prefixes((0, 1))
-    with pytest.raises(ValueError, match="call 0 of '' has other inputs than in the first evaluation"):
+    with pytest.raises(
+        ValueError, match="call 0 of the TransformerStack has other inputs than in the first evaluation"
+    ):
         prefixes((1, 2))
 
 
@@ -278,11 +279,59 @@ def test_nothing_is_compiled_anew_for_each_subset(what):
         assert [module._compiled_call_impl for module in model.modules()] == compiled
 
 
+@pytest.mark.parametrize("what", ["the model", "what holds the list", "a stack", "a layer"])
+def test_what_torch_compile_wraps_runs_uncompiled(what):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, name = Model(LISTS["stack" if what == "a stack" else "ModuleList"](4)).eval(), "layers"
+    expected = {row.keep[0]: row.value for row in search(model, evaluate, kept=1, layers=name).ranked}
+    if what == "the model":
+        compiled = [torch.compile(model, backend=backend)] * 2
+        pairs = [(compiled[0], "layers"), (compiled[1], "_orig_mod.layers")]
+    elif what == "what holds the list":
+        pairs = [(nn.Sequential(torch.compile(model, backend=backend)), "0.layers")]
+    elif what == "a stack":
+        pairs = [(torch.compile(model, backend=backend), None)]
+    else:
+        model.layers[2] = torch.compile(model.layers[2], backend=backend)
+        pairs = [(model, "layers")]
+    for outer, name in pairs:
+        found = search(outer, evaluate, kept=1, layers=name)
+        assert {row.keep[0]: row.value for row in found.ranked} == pytest.approx(expected)
+        assert not graphs
+        assert torch.equal(outer(BATCHES[0]), model(BATCHES[0]))
+        assert graphs
+        graphs.clear()
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_a_sequential_shares_prefixes_too(called):
+    class Of(Model):
+        def forward(self, x):
+            x = self.first(x)
+            if called:
+                return self.last(self.layers(x))
+            for layer in self.layers:
+                x = layer(x)
+            return self.last(x)
+
+    model = Of(nn.Sequential(*blocks(5)))
+    found = search(model, evaluate, kept=3, layers="layers")
+    assert (found.layers_run, found.layers_asked) == (19, 30)
+    for row in found.ranked:
+        assert row.value == pytest.approx(evaluate(extract(model, {"layers": row.keep})), rel=1e-6)
+
+
 def test_a_stack_with_a_cache_is_refused():
     torch.manual_seed(0)
     stack = TransformerStack(3, 8, 2, 16, dropout=0.0).eval()
     x = torch.randn(2, 3, 8)
-    with pytest.raises(ValueError, match="'' is called with a cache, expected none"):
+    with pytest.raises(ValueError, match="the TransformerStack is called with a cache, expected none"):
         search(stack, lambda stack: stack(x, cache=KVCache(8)).mean().item(), kept=2)
 
 
@@ -302,61 +351,6 @@ def test_an_evaluation_that_fails_leaves_nothing_known():
     for keep in combinations(range(4), 2):
         small = extract(model, {"layers": keep})
         assert prefixes(keep) == pytest.approx(small.eval()(BATCHES[0]).mean().item() + evaluate(small), rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8, torch.int64, torch.cfloat])
-@pytest.mark.parametrize("shape", [(), (3,), (2, 5), (7, 0)])
-def test_fingerprints_are_of_shape_type_and_every_element(dtype, shape):
-    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
-    assert fingerprint(x) == fingerprint(x.clone())
-    assert fingerprint(x) != fingerprint(x[None])
-    assert fingerprint(x) != fingerprint(x.to(torch.complex128))
-    for place in range(x.numel()):
-        other = x.clone()
-        other.view(-1)[place] = ~other.view(-1)[place] if dtype is torch.bool else other.view(-1)[place] + 1
-        assert fingerprint(x) != fingerprint(other)
-
-
-def test_fingerprints_know_signs_order_and_where_a_tensor_begins():
-    x = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0)).double()
-    assert fingerprint(x) != fingerprint(-x)
-    assert fingerprint(x) != fingerprint(x.flip(0))
-    assert fingerprint(x) != fingerprint(torch.cat([x[1 << 17 :], x[: 1 << 17]]))
-    last = x.clone()
-    last[-1] += 1
-    assert fingerprint(x) != fingerprint(last)
-    small = torch.arange(9, dtype=torch.uint8)
-    assert fingerprint(small[1:]) == fingerprint(small[1:].clone())
-    assert fingerprint(small.view(3, 3).t()) == fingerprint(small.view(3, 3).t().contiguous())
-
-
-def test_fingerprints_of_a_tensor_that_was_written_to_are_not_known_any_more():
-    x, seen = torch.zeros(3), {}
-    first = fingerprint(x, seen)
-    assert fingerprint(x, seen) == first
-    x += 1
-    assert fingerprint(x, seen) == fingerprint(torch.ones(3)) != first
-
-
-def test_fingerprints_of_weights():
-    first, again, other = (Model(nn.ModuleList(blocks(2, seed))) for seed in (0, 0, 1))
-    again.load_state_dict(first.state_dict())
-    assert of_weights(first) == of_weights(again) != of_weights(other)
-    again.last.weight.data[0, -1] += 1e-3
-    assert of_weights(first) != of_weights(again)
-
-
-def test_fingerprints_of_distributed_tensors_are_of_this_ranks_part():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        first, other = nn.Linear(3, 2), nn.Linear(3, 2)
-        for model in (first, other):
-            torch.distributed.tensor.distribute_module(model, mesh)
-        assert of_weights(first) == of_weights(first) != of_weights(other)
-        assert fingerprint(first.weight) == fingerprint(first.weight.clone()) != fingerprint(other.weight)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_small_scores_are_checked_too():

@@ -20,7 +20,7 @@ def state_of(model):
 @pytest.mark.parametrize(
     "wrap", [lambda layers: LayerDropStack(layers, 0.2), lambda layers: LayerDropModuleList(0.2, layers)]
 )
-def test_within_the_block_only_these_layers_run_and_behind_it_all(wrap, keep):
+def test_within_the_block_only_these_layers_run_and_after_it_all(wrap, keep):
     layers = blocks(6)
     model = wrap(layers).eval()
     before, whole = state_of(model), model(X)
@@ -144,6 +144,19 @@ def test_a_mode_that_changes_within_the_block_is_that_of_every_layer():
     with skip_layers(model, {"encoder": [1, 2], "decoder": [1]}), skip_layers(model, {"encoder": [0]}):
         model.train()
     assert all(module.training for module in model.modules())
+
+
+def test_heads_and_chunks_that_are_dropped_are_as_before():
+    """Their rates are of each layer: those of the layers that are left, and all of them afterwards."""
+    rates = {"layer": 0.1, "head": [0.1, 0.2, 0.3, 0.4], "ffn_chunk": 0.5}
+    stack = TransformerStack(4, 8, 2, 16, schedule=rates, ffn_chunks=2, dropout=0.0, seed=1)
+    parts, whole = stack.parts, stack.rates(0).tolist()
+    with skip_layers(stack, [1, 3]):
+        assert len(stack.rates(0)) == len(whole) // 2
+        stack(torch.randn(2, 3, 8))
+    assert stack.parts is parts
+    assert stack.rates(0).tolist() == whole
+    stack(torch.randn(2, 3, 8))
 
 
 def test_what_a_stack_knows_of_its_layers_is_as_before():
