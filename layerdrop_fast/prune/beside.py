@@ -117,16 +117,18 @@ def _of_attributes(
 ) -> Iterator[Change]:
     plain = _plain(attributes)
     for key, value in prune_config(plain, keeps, {name: total[name] for name in keeps}).items():
-        if key not in plain or value != plain[key]:
-            before = attributes.get(key, ABSENT)
-            after = type(before)(before[index] for index in value) if isinstance(before, list | tuple) else value
-            yield Change(attributes, key, before, after)
+        before = attributes.get(key, ABSENT)
+        if isinstance(value, list):
+            if len(value) < len(plain[key]):
+                yield Change(attributes, key, before, type(before)(value))
+        elif before is ABSENT or value != before:
+            yield Change(attributes, key, before, value)
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    """What may count layers or have an entry for each; the entries themselves are replaced by their numbers."""
+    """What may count layers or have an entry for each."""
     return {
-        key: list(range(len(value))) if type(value) in (list, tuple) else value
+        key: list(value) if type(value) in (list, tuple) else value
         for key, value in attributes.items()
         if isinstance(value, int) or type(value) in (list, tuple)
     }
