@@ -110,7 +110,7 @@ def test_a_whole_stack_is_one_graph_for_a_thousand_plans(granularity):
     ],
 )
 def test_a_whole_stack_equals_eager(keywords):
-    eager, compiled = stack(**keywords), stack(**keywords)
+    eager, compiled = stack(2, **keywords), stack(2, **keywords)
     compiled.compile(backend="aot_eager")
     assert_equal_steps(compiled, eager, range(6), zeros=True, is_causal=True)
     assert compiled.counters.forwards == 6

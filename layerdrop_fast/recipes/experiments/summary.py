@@ -118,9 +118,18 @@ def _halves(results: Results) -> str | None:
             cells = [f"{bits:.3f}" for bits in (*searched, *judged)]
             rank = f"{other['rank']:,} of {halves['candidates']:,}"
             ran = f"{halves['layers_run']:,} of {halves['layers_asked']:,}"
-            rows.append([name, *cells[:2], rank, *cells[2:], ran])
+            missed = _missed(halves["without"]) if "without" in halves else ""
+            rows.append([name, *cells[:2], rank, *cells[2:], missed, ran])
     titles = ["network", "best", "every other", "its rank", "median", "worst"]
-    return _table([*titles, "best, held out", "every other, held out", "layers run"], rows) if rows else None
+    titles += ["best, held out", "every other, held out", "layers missed most", "layers run"]
+    return _table(titles, rows) if rows else None
+
+
+def _missed(without: Sequence[float], most: int = 3) -> str:
+    """The layers without which halves are worst on average, and by how much those are worse than all halves are."""
+    mean = fmean(without)
+    layers = sorted(range(len(without)), key=lambda layer: -without[layer])[:most]
+    return ", ".join(f"{layer} ({without[layer] - mean:+.3f})" for layer in layers)
 
 
 def _parts(results: Results) -> str | None:
