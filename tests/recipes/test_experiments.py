@@ -194,8 +194,9 @@ def test_plots_are_of_what_there_is():
     importance = {"kept": 1, "values": [[3.0], [2.0, 2.5]]}
     results = [result("dense", 0, 3.0, importance=importance), result("2026 recipe, equal work", 0, 2.5)]
     found = summary.plots(results)
-    assert set(found) == {"depth.png", "recipe.png", "importance.png"}
+    assert set(found) == {"recipe.png", "importance.png"}, "dense alone is no comparison"
     assert all(content.startswith(b"\x89PNG") for content in found.values())
+    assert set(summary.plots([*results, result("layers 0.2", 0, 2.5)])) == {"depth.png", "recipe.png", "importance.png"}
     assert set(summary.plots(results[1:])) == {"recipe.png"}
 
 

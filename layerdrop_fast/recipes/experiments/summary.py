@@ -56,7 +56,7 @@ def plots(results: Results) -> dict[str, bytes]:
     bigram = fmean(result["bigram"] for result in results)
     for file, networks in PLOTS.items():
         curves = {name: _curve(results, name) for name in networks if _of(results, name)}
-        if curves:
+        if set(curves) - {"dense"}:
             axes = plot_curves(curves)
             axes.set_ylabel("validation bits/byte")
             axes.axhline(bigram, color="black", linestyle="--", linewidth=1, label="bigram model")
