@@ -243,7 +243,13 @@ def _add_train(commands: Any) -> None:
     source = lm.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="a text (default: Python's standard library)")
     source.add_argument("--dataset", choices=tuple(WIKITEXT), help="fetched by datasets, read word by word")
-    lm.add_argument("--out", type=Path, default=Path("out/lm"), metavar="DIR", help="may be there (%(default)s)")
+    lm.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/lm"),
+        metavar="DIR",
+        help="folder of the results, new or of this run (%(default)s)",
+    )
     lm.add_argument("--restart", action="store_true", help="forget an earlier run in the same folder")
     lm.add_argument(
         "--p",
@@ -251,7 +257,9 @@ def _add_train(commands: Any) -> None:
         metavar="P",
         help="drop rate of layers or branches, the highest of a profile (0.2; of layers 0 with --heads or --chunks)",
     )
-    lm.add_argument("--profile", choices=tuple(PROFILES), default="uniform", help="its rates over depth (%(default)s)")
+    lm.add_argument(
+        "--profile", choices=tuple(PROFILES), default="uniform", help="how --p varies over depth (%(default)s)"
+    )
     lm.add_argument("--fade", action="store_true", help="all rates fall to 0 over the run")
     lm.add_argument("--granularity", choices=GRANULARITIES, default="batch", help="(default: %(default)s)")
     lm.add_argument("--target", choices=("layer", "branch"), default="layer", help="(default: %(default)s)")
@@ -281,7 +289,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.granularity == "sample" and (options.heads or options.chunks):
         raise RecipeError("--heads and --chunks need --granularity batch: one smaller product is for the whole batch")
     if options.learned and not p:
-        raise RecipeError("--learned needs a drop rate above 0: give --p, which is 0 with --heads or --chunks")
+        given = "given as 0" if options.p is not None else "0 with --heads or --chunks"
+        raise RecipeError(f"--p is {given}, expected a mean rate above 0 with --learned")
     recipe = Recipe(PROFILES[options.profile](p), **{name: getattr(options, name) for name in names})
     changes = {name: getattr(options, name) for name in ("steps", "batch", "accumulation", "seed", "dtype")}
     lm.run(

@@ -231,7 +231,7 @@ def parts(results: Results, figure: Figure) -> Drawn | None:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.4, markersize=3.5)
             if value is _milliseconds:
                 for p, ways in by_rate.items():
-                    low, _, high = quantiles(ways[way].seconds, n=4)
+                    low, _, high = quantiles(ways[way].seconds, n=4, method="inclusive")
                     axes.plot(
                         [1 - p] * 2, [1e3 * low / whole, 1e3 * high / whole], color=colour, linewidth=1.0, alpha=0.6
                     )

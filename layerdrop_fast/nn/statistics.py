@@ -44,7 +44,7 @@ class StackStats:
 
     @property
     def share_run(self) -> float:
-        """The share of those products that ran, in [0, 1]; NaN before the first forward."""
+        """``flops_run`` as a share of both, in [0, 1]; NaN before the first forward."""
         total = self.flops_run + self.flops_skipped
         return self.flops_run / total if total else math.nan
 

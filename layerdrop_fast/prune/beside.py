@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from layerdrop_fast.nn.layer_drop_list import every_layer
-from layerdrop_fast.prune.config import prune_config
+from layerdrop_fast.prune.config import SIDES, prune_config
 from layerdrop_fast.prune.lists import is_list_of_layers, layers_of, path_to
 
 ABSENT = object()
-SIDES = ("encoder", "decoder")
 
 
 class Change(NamedTuple):
@@ -84,9 +83,9 @@ def _attributes_of(module: nn.Module) -> Iterator[dict[str, Any]]:
 def _is_of(attributes: dict[str, Any], name: str, keep: list[int], total: int, others: Sequence[str]) -> bool:
     """Whether attributes certainly have the number of layers of a list; ``others`` have as many."""
     if _has_sides(attributes):
-        if not _sides(name):
+        if not _sides_named(name):
             return False
-        others = [other for other in others if _sides(other) == _sides(name)]
+        others = [other for other in others if _sides_named(other) == _sides_named(name)]
     try:
         prune_config(_plain(attributes), {name: keep}, {name: total})
     except ValueError:  # they have none, or another
@@ -99,7 +98,7 @@ def _has_sides(attributes: dict[str, Any]) -> bool:
     return counted or attributes.get("is_encoder_decoder") is True
 
 
-def _sides(name: str) -> list[str]:
+def _sides_named(name: str) -> list[str]:
     return [side for side in SIDES if side in name]
 
 
@@ -116,7 +115,11 @@ def _of_attributes(
     attributes: dict[str, Any], keeps: Mapping[str, list[int]], total: Mapping[str, int]
 ) -> Iterator[Change]:
     plain = _plain(attributes)
-    for key, value in prune_config(plain, keeps, {name: total[name] for name in keeps}).items():
+    try:
+        pruned = prune_config(plain, keeps, {name: total[name] for name in keeps})
+    except ValueError:  # several lists have one number
+        return
+    for key, value in pruned.items():
         before = attributes.get(key, ABSENT)
         if isinstance(value, list):
             if len(value) < len(plain[key]):

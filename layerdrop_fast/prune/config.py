@@ -69,23 +69,28 @@ def left_as_is(config: Mapping[str, Any], pruned: Mapping[str, Any], num_layers:
         num_layers: how many layers each list had, by the prefixes of those that were cut.
     """
     return {
-        f"{place}.{name}".lstrip("."): value
-        for (place, part), (_, cut) in zip(_parts(dict(config), ""), _parts(dict(pruned), ""), strict=True)
-        for name, value in part.items()
-        if any(_may_be_of_layers(str(name), value, *of) and _belongs(str(name), of[0]) for of in num_layers.items())
-        if cut[name] == value
+        place: value
+        for place, name, value, cut in _entries(config, pruned)
+        if any(_may_be_of_layers(name, value, *of) and _belongs(name, of[0]) for of in num_layers.items())
+        if cut == value
     }
 
 
 def now_alike(config: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, tuple[list[Any], Any]]:
     """Lists with an entry for each layer that had several values and have one: {name: (the values, that one)}."""
     return {
-        f"{place}.{name}".lstrip("."): (several, cut[name][0])
-        for (place, part), (_, cut) in zip(_parts(dict(config), ""), _parts(dict(pruned), ""), strict=True)
-        for name, value in part.items()
-        if isinstance(value, list) and cut[name] != value
-        if len(several := _different(value)) > len(_different(cut[name])) == 1
+        place: (several, cut[0])
+        for place, _, value, cut in _entries(config, pruned)
+        if isinstance(value, list) and 1 < len(cut) < len(value)
+        if len(several := _different(value)) > len(_different(cut)) == 1
     }
+
+
+def _entries(config: Mapping[str, Any], pruned: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Everything that a config says: where, by which name, before and after it was cut."""
+    for (place, part), (_, cut) in zip(_parts(dict(config), ""), _parts(dict(pruned), ""), strict=True):
+        for name, value in part.items():
+            yield f"{place}.{name}".lstrip("."), str(name), value, cut[name]
 
 
 def _different(values: Sequence[Any]) -> list[Any]:

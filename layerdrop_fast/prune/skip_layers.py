@@ -21,10 +21,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def skip_layers(model: Model, keep: Keep) -> Iterator[Model]:
     """Within the block, ``model`` has only the layers in ``keep``; after it, however that ends, all of them.
 
-    What ``extract`` gives without copying a weight: the same layers, renumbered from 0, and the same numbers of them,
-    also in a config that other models share. An optimizer, a state dict and ``parameters()`` within the block see these
-    layers only. A step that is taken within the block trains them. Where ``train()`` or ``eval()`` within the block
-    change the mode of a list, its other layers follow after it.
+    What ``extract`` gives without copying a weight: the same layers, renumbered from 0; configs say the smaller number
+    meanwhile, also to other models that share them. An optimizer, a state dict and ``parameters()`` within the block
+    see these layers only. A step that is taken within the block trains them. Where ``train()`` or ``eval()`` within the
+    block change the mode of a list, its other layers follow after it.
 
         with skip_layers(model, every_other(16, kept=8)) as smaller:
             loss = evaluate(smaller)

@@ -69,8 +69,7 @@ def run(options: Options) -> None:
         print(f"{prefix or 'layers'}: {found.layers[prefix]} -> {len(keep)} layers, those that were {_listed(keep)}")
     if found.left_as_is:
         listed = ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in found.left_as_is.items())
-        where = "config.json" if source.is_dir() else source.name
-        print(f"{where}: {listed} left as is, check whether that fits the layers that are left")
+        print(f"{source.name}: {listed} left as is, check whether that fits the layers that are left")
     for name, (kinds, left) in found.now_alike.items():
         print(f"config.json: {name} had {_listed(kinds)}, only {left} is left: choose other layers with --keep")
     if found.left_out:

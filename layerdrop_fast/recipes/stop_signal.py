@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -39,4 +40,6 @@ class StopSignal:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print's buffer may be in use
+        with suppress(OSError):  # the terminal is gone
+            # Not print, whose buffer may be in use.
+            os.write(2, b"\nStopping where it can go on from; once more stops at once.\n")

@@ -199,7 +199,7 @@ class _State:
         self.step, self.seconds = 0, 0.0
         self.bits = torch.zeros(training.steps, dtype=torch.float64)
         self.kept = torch.zeros(training.steps, dtype=torch.float64)
-        self.run = torch.zeros(training.steps, dtype=torch.float64)  # share of the layers' products
+        self.shares_run = torch.zeros(training.steps, dtype=torch.float64)  # of the layers' products
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -207,7 +207,7 @@ class _State:
             tensors |= {f"learned.{name}": tensor for name, tensor in self.learned.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items() if tensor is not None}
-        tensors |= {"bits": self.bits, "kept": self.kept, "run": self.run}
+        tensors |= {"bits": self.bits, "kept": self.kept, "shares_run": self.shares_run}
         save_checkpoint(path, tensors, {"settings": settings, "step": self.step, "seconds": self.seconds})
 
     def restore(self, path: Path, settings: dict[str, Any]) -> None:
@@ -217,7 +217,12 @@ class _State:
         for name in [name for name in tensors if name.startswith("optimizer.")]:
             _, index, kind = name.split(".")
             moments.setdefault(int(index), {})[kind] = tensors.pop(name)
-        self.bits, self.kept, self.run = (tensors.pop(name) for name in ("bits", "kept", "run"))
+        if missing := {"bits", "kept", "shares_run"} - set(tensors):
+            raise RecipeError(
+                f"{path} has no {', '.join(sorted(missing))}, expected a run of this version: choose another folder "
+                "with --out, or give --restart to begin anew"
+            )
+        self.bits, self.kept, self.shares_run = (tensors.pop(name) for name in ("bits", "kept", "shares_run"))
         for kind, module in (("model.", self.model), ("learned.", self.learned)):
             if module is not None:
                 found = {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
@@ -244,7 +249,7 @@ class _State:
         self.optimizer.step()
         self.bits[step] = total.item() / training.accumulation / math.log(2)
         self.kept[step] = kept / training.accumulation
-        self.run[step] = self.model.stack.stats().share_run
+        self.shares_run[step] = self.model.stack.stats().share_run
         self.step += 1
 
     def _kept_next(self, samples: int) -> float:
@@ -272,8 +277,8 @@ class _State:
         length = -(-steps // CURVE_POINTS)  # of each span but the last
         spans = [slice(first, min(first + length, steps)) for first in range(0, steps, length)]
         curve = [(span.stop, float(self.bits[span].mean()), float(self.kept[span].mean())) for span in spans]
-        run = float(self.run.mean())
-        return Trained(self.model, float(self.kept.sum()), run, curve, self.seconds, self.learned)
+        share_run = float(self.shares_run.mean())
+        return Trained(self.model, float(self.kept.sum()), share_run, curve, self.seconds, self.learned)
 
 
 def _optimizer(model: nn.Module, learned: nn.Module | None, training: Training) -> torch.optim.Optimizer:

@@ -264,6 +264,11 @@ BART = dict(encoder_layers=6, decoder_layers=6)
             dict(num_layers=6, num_decoder_layers=2, is_encoder_decoder=True),
         ),
         (dict(num_hidden_layers=6), {"decoder.layers": [1]}, dict(num_hidden_layers=6)),  # whose number is it?
+        (
+            dict(encoder_layers=6, num_layers=6),
+            {"encoder.layers": [0, 1], "decoder.layers": [0]},
+            dict(encoder_layers=6, num_layers=6),
+        ),
     ],
 )
 def test_each_side_has_its_number(config, keep, expected):

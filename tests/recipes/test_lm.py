@@ -317,7 +317,8 @@ def test_both_parts_have_a_window(train_bytes, validation_bytes, short):
     ("arguments", "message"),
     [
         (["--heads", "0.2", "--granularity", "sample"], "--heads and --chunks need --granularity batch"),
-        (["--learned", "--chunks", "0.2"], "--learned needs a drop rate above 0: give --p"),
+        (["--learned", "--chunks", "0.2"], "--p is 0 with --heads or --chunks, expected a mean rate above 0"),
+        (["--learned", "--p", "0"], "--p is given as 0, expected a mean rate above 0 with --learned"),
         (["--heads", "0.2", "--equal-work"], r"heads are dropped at rate 0\.2, chunks at 0\.0: expected neither"),
         (
             ["--device", "cpu", "--config", "wikitext-103-16"],

@@ -99,10 +99,10 @@ def test_a_folder(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "prune: 1/1  model.safetensors" in printed
     assert "left out: model.gguf, onnx/\n" in printed
-    assert "config.json: mlp_only_layers = [1] left as is, check whether that fits" in printed
+    assert "in: mlp_only_layers = [1] left as is, check whether that fits" in printed
 
 
-@pytest.mark.parametrize(("keep", "told"), [("0,2", "full"), ("1,3", "sliding"), ("0,1", None)])
+@pytest.mark.parametrize(("keep", "told"), [("0,2", "full"), ("1,3", "sliding"), ("0,1", None), ("2", None)])
 def test_one_kind_of_layers_that_is_left_is_told(tmp_path, capsys, keep, told):
     (tmp_path / "in").mkdir()
     save_file({f"h.{n}.w": torch.ones(2) for n in range(4)}, tmp_path / "in/model.safetensors")
