@@ -249,12 +249,12 @@ def test_saved_bytes_are_those_predicted(kind, autocast, targets):
         keywords["num_kv_heads"] = 2
     model = TransformerStack(3, 64, dim_feedforward=128, **({"dropout": 0.1, "seed": 1} | keywords))
     x, seen = torch.randn(4, 32, 64, requires_grad=True), set()
-    for _ in range(4):
+    for _ in range(8 if kind == "bounded" else 4):  # bounded, of one layer only
         expected = predicted_bytes(model, model.plan(), x.shape, autocast=autocast)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
             assert saved_bytes(model, x) == pytest.approx(expected, rel=0.01)
         seen.add(expected)
-    assert len(seen) > 1
+    assert len(seen) > 2
 
 
 @pytest.mark.parametrize("keywords", [{"norm_first": False}, {"max_kept": 1}, {"max_kept": 1, "norm_first": False}])
