@@ -150,6 +150,7 @@ def test_stats():
     assert stats.flops_skipped == 6 * 64 * 12 * stats.layers_skipped
     model.reset_stats()
     assert model.stats().forwards == 0
+    assert np.isnan([*model.stats().realized_rates, model.stats().share_run]).all(), "of nothing"
 
 
 def test_autocast():
