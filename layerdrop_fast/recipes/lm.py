@@ -28,7 +28,7 @@ from layerdrop_fast.recipes.training import DENSE, Recipe, Training
 
 EVALUATION_WINDOWS = 512
 NAME = "model"
-NAMES = {"layer": "layers", "branch": "branches", "head": "heads", "ffn_chunk": "feed-forward chunks"}
+IN_WORDS = {"layer": "layers", "branch": "branches", "head": "heads", "ffn_chunk": "feed-forward chunks"}
 RESULTS = ("metrics.json", "depth.png", "training.png", "vocabulary.json")
 
 
@@ -60,8 +60,8 @@ def run(options: Options) -> None:
     device = device_of(options.device)
     if CONFIGURATIONS[options.configuration].for_gpus and device.type == "cpu" and options.device is None:
         raise RecipeError(
-            f"{options.configuration} is made for GPUs, and torch finds none here (on two CPU cores its first "
-            "microbatch took 20 GB and more than ten minutes): give --device cpu to train it all the same"
+            f"{options.configuration} is made for GPUs, and torch finds none here: give --device cpu to train it on a "
+            "CPU all the same"
         )
     corpus = corpus_of(options)
     training = training_of(options, corpus)
@@ -154,9 +154,9 @@ def introduction(options: Options, corpus: Corpus, training: Training, device: t
     """What is about to happen, in a few lines."""
     size = training.size
     recipe = training.recipe
-    rates = {NAMES[name]: str(schedule.depth) for name, schedule in recipe.schedule(size.num_layers, 1).items()}
+    rates = {IN_WORDS[name]: str(schedule.depth) for name, schedule in recipe.schedule(size.num_layers, 1).items()}
     if recipe.learned:
-        rates[NAMES[recipe.target]] = f"learned, mean {training.mean_rate:.3g}"
+        rates[IN_WORDS[recipe.target]] = f"learned, mean {training.mean_rate:.3g}"
     listed = ", ".join(f"{name} {rate}" for name, rate in rates.items())
     fade = ", falling to 0 over the run" if recipe.fade else ""
     tokens = training.batch * training.accumulation * size.context

@@ -110,7 +110,7 @@ def test_a_whole_stack_is_one_graph_for_a_thousand_plans(granularity):
     ],
 )
 def test_a_whole_stack_equals_eager(keywords):
-    eager, compiled = stack(2, **keywords), stack(2, **keywords)
+    eager, compiled = stack(3, **keywords), stack(3, **keywords)  # one may be dropped between two that are kept
     compiled.compile(backend="aot_eager")
     assert_equal_steps(compiled, eager, range(6), zeros=True, is_causal=True)
     assert compiled.counters.forwards == 6
